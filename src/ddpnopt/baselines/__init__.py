@@ -1,0 +1,1 @@
+"""The paper's rivals, with the calling convention of ``torch.optim``."""
