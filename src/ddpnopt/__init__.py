@@ -1,0 +1,19 @@
+"""Train neural networks as an optimal-control problem: DDPNOpt for PyTorch."""
+
+from .curvature import Adaptive, EigenKronecker, Identity, Kronecker
+from .errors import StepError
+from .optimizer import DDPNOpt
+from .terminal import Exact, Gradient, Matched, Sampled
+
+__all__ = [
+    "Adaptive",
+    "DDPNOpt",
+    "EigenKronecker",
+    "Exact",
+    "Gradient",
+    "Identity",
+    "Kronecker",
+    "Matched",
+    "Sampled",
+    "StepError",
+]

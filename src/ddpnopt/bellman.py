@@ -1,0 +1,140 @@
+"""The backward pass over stages: from every block's columns to every stage's feedback policy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .columns import Columns
+from .curvature.base import Curvature, State
+from .inverse import Inverse
+from .value import Policy, SampleValue, Value
+
+
+@dataclass(frozen=True)
+class BlockTerms:
+    """What one block brings into a step.
+
+    Args:
+        columns: its parameter gradients.
+        control: ``u [out, fan_in]``.
+        velocity: momentum buffer ``[out, fan_in]``, in units of ``M^-1 Q_u``; ``None`` before the first step or
+            without momentum.
+        lr, decay, momentum: step size ``eta``, stage cost ``decay / 2 |u|^2``, weight of the last update.
+        state: the curvature's.
+    """
+
+    columns: Columns
+    control: Tensor
+    velocity: Tensor | None
+    lr: float
+    decay: float
+    momentum: float
+    state: State
+
+
+@dataclass(frozen=True)
+class BlockPolicy:
+    """One block's part of a stage's policy: weights on the columns in, new control out.
+
+    Args:
+        terms: what the block brought.
+        inverse: ``M^-1``, damping included.
+        offset: ``M^-1`` times the stage cost's gradient, ``[out, fan_in]``; ``None`` without decay.
+        state: the curvature's, this step counted in.
+    """
+
+    terms: BlockTerms
+    inverse: Inverse
+    offset: Tensor | None
+    state: State
+
+    def move(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """New control and new velocity (``None`` without momentum) for weights ``[R, B]`` on the columns."""
+        terms = self.terms
+        direction = terms.columns.solve_weighted(self.inverse, weights)
+        if self.offset is not None:
+            direction = direction + self.offset
+        if terms.momentum:
+            if terms.velocity is not None:
+                direction = direction + terms.momentum * terms.velocity
+            return terms.control - terms.lr * direction, direction
+        return terms.control - terms.lr * direction, None
+
+
+@dataclass(frozen=True)
+class StagePolicy:
+    """A stage's policy, its blocks' parts, and ``gram = G' R^-1 G [N, N]`` or ``[B, R, R]`` for diagnostics."""
+
+    policy: Policy
+    blocks: tuple[BlockPolicy, ...]
+    gram: Tensor
+
+    def size(self, weights: Tensor) -> Tensor:
+        """``|R^-1 G beta|_R``, the length of the update with weights ``beta [R, B]`` in the curvature's own measure.
+
+        Per-sample Gram matrices give the root of the samples' summed squares instead, which ignores that
+        samples' updates may cancel.
+        """
+        if self.gram.ndim == 2:
+            flat = weights.flatten()
+            return (flat @ self.gram @ flat).clamp_min(0).sqrt()
+        return torch.einsum("rb,brq,qb->", weights, self.gram, weights).clamp_min(0).sqrt()
+
+
+def backward_pass(
+    stages: Sequence[Sequence[BlockTerms]], value: Value, curvature: Curvature, curved: int, *, feedback: bool
+) -> list[StagePolicy]:
+    """Sweep from the last stage to the first; policies come back in the order of ``stages``.
+
+    Args:
+        stages: blocks of every stage, in the order the stages run.
+        value: of the loss, from :class:`~ddpnopt.value.BatchValue` or :class:`~ddpnopt.value.SampleValue`.
+        curvature: ``M``'s settings.
+        curved: how many of the columns span the loss's curvature; the rest carry the gradient alone.
+        feedback: ``False``: ``Q_ux = 0``, stages do not see one another.
+    """
+    nominal = value.v_x
+    policies: list[StagePolicy] = []
+    for blocks in reversed(stages):
+        ready = [_block_policy(terms, curvature, value, nominal, curved) for terms in blocks]
+        gram = torch.stack([_gram(block, joint=value.joint) for block in ready]).sum(0)
+        costs = [d for d in (_cost(block, joint=value.joint) for block in ready) if d is not None]
+        policy, value = value.backward(gram, torch.stack(costs).sum(0) if costs else None, feedback=feedback)
+        policies.append(StagePolicy(policy, tuple(ready), gram))
+    return policies[::-1]
+
+
+def _block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal: Tensor, curved: int) -> BlockPolicy:
+    # the batch form builds M from back-propagated columns, the sample form from V_x itself, as the paper does
+    sample = value if isinstance(value, SampleValue) else None
+    ridge = curvature.ridge(terms.lr, terms.decay, batch=sample is None)
+    cost = terms.decay * terms.control if terms.decay else None
+
+    def gradient() -> Tensor:
+        own = terms.columns.weighted(nominal if sample is None else sample.v_x)
+        return own if cost is None else own + cost
+
+    columns = None
+    if curvature.needs_columns:
+        columns = terms.columns.first(curved) if sample is None else terms.columns.combined(sample.a)
+    state = curvature.advance(terms.state, columns, gradient, ridge)
+    inverse = curvature.inverse(state, ridge)
+    return BlockPolicy(terms, inverse, None if cost is None else inverse.solve(cost), state)
+
+
+def _gram(block: BlockPolicy, *, joint: bool) -> Tensor:
+    columns = block.terms.columns
+    gram = columns.gram(block.inverse) if joint else columns.sample_gram(block.inverse)
+    return gram.double() * block.terms.lr
+
+
+def _cost(block: BlockPolicy, *, joint: bool) -> Tensor | None:
+    """``d = G' R^-1`` times the gradient of decay and, in the batch form, of momentum's proximal drift."""
+    terms = block.terms
+    pull = block.offset
+    if joint and terms.momentum and terms.velocity is not None:
+        drift = terms.momentum * terms.velocity
+        pull = drift if pull is None else pull + drift
+    return None if pull is None else terms.columns.directional(pull).double() * terms.lr

@@ -1,0 +1,77 @@
+"""M diagonal in the eigenbasis of S (x) A: EKFAC's curvature."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .. import linalg
+from ..columns import Columns
+from ..inverse import Inverse, Rotated
+from .base import Curvature, State, check_beta, check_damping, check_refresh
+from .kronecker import averaged
+
+
+@dataclass(frozen=True)
+class EigenKronecker(Curvature):
+    """``M = Q diag(E + ridge) Q'``: K-FAC's eigenbasis ``Q = Q_S (x) Q_A`` with measured second moments ``E``.
+
+    The paper's Kronecker curvature, after George et al. 2018 (arXiv 1806.03884): ``E`` is the moving average of the
+    squared per-sample gradients in the basis. With ``coupling="sample", feedback=False`` this is
+    :class:`ddpnopt.baselines.EKFAC`.
+
+    Args:
+        damping: ``ridge = lr * (damping + weight_decay)`` for the batch form, ``ridge = damping`` for
+            ``coupling="sample"``; default 0.03.
+        refresh_every: steps between two computations of the basis; default 10.
+        beta: weight of the past in the moving averages; default 0.95.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    Example:
+        >>> from ddpnopt import EigenKronecker
+        >>> EigenKronecker(damping=0.1)
+        EigenKronecker(damping=0.1, refresh_every=10, beta=0.95)
+    """
+
+    damping: float = 0.03
+    refresh_every: int = 10
+    beta: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_damping("EigenKronecker", self.damping)
+        check_refresh("EigenKronecker", self.refresh_every)
+        check_beta("EigenKronecker", self.beta)
+
+    def ridge(self, lr: float, decay: float, *, batch: bool) -> float:
+        return lr * (self.damping + decay) if batch else self.damping
+
+    def advance(self, state: State, columns: Columns | None, gradient: Callable[[], Tensor], ridge: float) -> State:
+        assert columns is not None
+        new = averaged(state, columns, self.beta)
+        if (new["step"] - 1) % self.refresh_every == 0:
+            new = self._refreshed(new)
+        squares = columns.squares(new.get("S_basis"), new.get("A_basis"))
+        weight = 1 - min(self.beta, 1 - 1 / new["step"])
+        new["E"] = new["E"].lerp(squares, weight) if "E" in new else squares
+        return new
+
+    def _refreshed(self, state: State) -> State:
+        bases: State = {}
+        failures = state.get("failures", 0)
+        for name in ("S", "A"):
+            if state[name].ndim == 1:
+                continue  # a side too wide for a basis keeps its own coordinates
+            basis, failed = linalg.eigenbasis(state[name])
+            failures += failed
+            if basis is not None:
+                bases[f"{name}_basis"] = basis
+        return {**state, **bases, "failures": failures}
+
+    def inverse(self, state: State, ridge: float) -> Inverse:
+        return Rotated(state["E"] + ridge, state.get("S_basis"), state.get("A_basis"))
+
+    @property
+    def needs_columns(self) -> bool:
+        return True

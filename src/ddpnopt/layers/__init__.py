@@ -1,0 +1,24 @@
+"""Layer rules: from one call of a module to its parameters' column gradients."""
+
+from torch import nn
+
+from .base import Block, Call, LayerRule
+from .conv import ConvRule
+from .generic import GenericRule
+from .linear import LinearRule
+from .norm import NormRule
+
+_RULES: dict[type[nn.Module], LayerRule] = {
+    nn.Linear: LinearRule(),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvRule()),
+    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), NormRule()),
+}
+_GENERIC = GenericRule()
+
+
+def rule_for(module: nn.Module) -> LayerRule:
+    """Return the rule of a module's exact type (a subclass may compute something else), or the generic one."""
+    return _RULES.get(type(module), _GENERIC)
+
+
+__all__ = ["Block", "Call", "LayerRule", "rule_for"]

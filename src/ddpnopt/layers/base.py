@@ -1,0 +1,84 @@
+"""What a layer rule is: how a module's parameters form blocks, and the columns' gradients of each.
+
+A rule sees one call of its module: the inputs it received and the gradients at its outputs, column by column.
+It turns them into one :class:`~ddpnopt.columns.Columns` per block; everything else is asked of those.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..columns import Columns
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters of one module that share a curvature, seen as one matrix ``[out, fan_in]``.
+
+    Args:
+        names: parameter names within the module, the weight before the bias; a bias is the matrix's last column.
+        parameters: the parameters, in the same order.
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+
+    def matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors shaped like the parameters as one matrix ``[out, fan_in]``."""
+        sides = [_as_matrix(tensor) for tensor in tensors]
+        return sides[0] if len(sides) == 1 else torch.cat(sides, 1)
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """The inverse of :meth:`matrix`."""
+        widths = [_as_matrix(parameter).shape[1] for parameter in self.parameters]
+        return [
+            side.reshape(parameter.shape)
+            for side, parameter in zip(matrix.split(widths, 1), self.parameters, strict=True)
+        ]
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a module: its inputs, and its outputs' gradients ``[R, *output.shape]``, column by column.
+
+    ``None`` stands for an output that no column depends on. Tensors lead with the batch.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    cotangents: Sequence[Tensor | None]
+
+
+class LayerRule(ABC):
+    """How one kind of module answers; see the module's docstring. Rules have no state."""
+
+    name: str
+    why: str
+
+    @abstractmethod
+    def blocks(self, module: nn.Module, trained: Sequence[str]) -> list[tuple[str, ...]]:
+        """The trained parameters' names, grouped: each group is one block."""
+
+    @abstractmethod
+    def columns(self, module: nn.Module, blocks: Sequence[Block], call: Call) -> list[Columns]:
+        """The columns' gradients of each block."""
+
+
+def only_cotangent(call: Call) -> Tensor:
+    """The gradient at a single-output module's output."""
+    (cotangent,) = call.cotangents
+    assert cotangent is not None
+    return cotangent
+
+
+def weight_and_bias(trained: Sequence[str]) -> list[tuple[str, ...]]:
+    """``weight`` and ``bias`` as one block, or whichever of them is trained."""
+    return [tuple(name for name in ("weight", "bias") if name in trained)]

@@ -1,0 +1,58 @@
+"""Normalisation layers: the gradient of a scale is the normalised input times the output's gradient."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..columns import Columns, DenseColumns
+from .base import Block, Call, LayerRule, only_cotangent
+
+
+class NormRule(LayerRule):
+    """``LayerNorm``, ``GroupNorm`` and ``BatchNorm1d/2d/3d``: weight and bias are a block each.
+
+    In training mode BatchNorm's statistics couple the samples; a column's gradient is then what reaches this
+    sample's outputs, and the batch's sum is exact.
+    """
+
+    name = "norm"
+    why = "gradients of scale and shift in closed form"
+
+    def blocks(self, module: nn.Module, trained: Sequence[str]) -> list[tuple[str, ...]]:
+        return [(name,) for name in trained]
+
+    def columns(self, module: nn.Module, blocks: Sequence[Block], call: Call) -> list[Columns]:
+        v = only_cotangent(call)
+        x = (call.args[0] if call.args else call.kwargs["input"]).to(v.dtype)
+        of = {
+            "weight": lambda: _per_parameter(module, v * normalised(module, x)),
+            "bias": lambda: _per_parameter(module, v),
+        }
+        return [DenseColumns(of[block.names[0]]().flatten(2).view(*v.shape[:2], *_shape(block))) for block in blocks]
+
+
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """The input before scale and shift, as the forward pass saw it."""
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, eps=module.eps)
+    assert isinstance(module, _BatchNorm)
+    in_batch = module.training or module.running_mean is None
+    mean, var = (None, None) if in_batch else (module.running_mean, module.running_var)
+    return F.batch_norm(x, mean, var, training=in_batch, eps=module.eps)
+
+
+def _per_parameter(module: nn.Module, values: Tensor) -> Tensor:
+    """Sum ``[R, B, ...]`` over all positions a parameter entry is shared by."""
+    if isinstance(module, nn.LayerNorm):
+        own = len(module.normalized_shape)
+        return values.flatten(2, -own - 1).sum(2) if values.ndim > 2 + own else values
+    return values.flatten(3).sum(3) if values.ndim > 3 else values
+
+
+def _shape(block: Block) -> tuple[int, int]:
+    matrix = block.matrix(block.parameters)
+    return matrix.shape[0], matrix.shape[1]

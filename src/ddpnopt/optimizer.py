@@ -1,0 +1,342 @@
+"""``DDPNOpt``: parameter groups, life time, the step's order of events. No mathematics lives here."""
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .curvature import Curvature, Kronecker
+from .errors import StepError
+from .network import Network, read_network
+from .report import Report, describe
+from .steps import Coupling, Outcome, Task, closed_loop, open_loop
+from .terminal import Gradient, Terminal
+from .trajectory import Pass, Recorder
+from .transaction import Transaction
+
+
+class DDPNOpt(torch.optim.Optimizer):
+    r"""Differential dynamic programming as an optimizer: every layer's update is a feedback policy.
+
+    A backward pass over layers solves the Bellman equation of a quadratic model of the batch's loss; a second
+    forward pass, run inside :meth:`step`, applies each layer's policy ``du = k + K dx`` to the deviation ``dx`` that
+    the layers before it have caused (Liu, Chen and Theodorou, ICLR 2021, arXiv 2002.08809). With
+    ``coupling="batch"`` the one control that all samples share is solved for jointly and exactly, which bounds the
+    step at every learning rate.
+
+    Args:
+        model_or_params: the module to train (all its parameters that require a gradient, one group), or
+            parameters or groups as for any ``torch.optim.Optimizer``; parameters without their module get the
+            curvature's step alone.
+        lr: step size ``eta`` of ``R = M / eta + ...``; default 0.1.
+        curvature: ``Kronecker()`` (default), ``EigenKronecker()``, ``Adaptive()`` or ``Identity()``.
+        terminal: ``Gradient()`` (default), or ``Matched``, ``Exact``, ``Sampled`` with the loss module.
+        coupling: ``"batch"`` (default), the joint problem of all samples, exact; ``"sample"``, the paper's
+            Algorithm 3: every sample's own policy, averaged.
+        feedback: ``False`` sets ``Q_ux = 0`` in both passes: no layer sees another. With ``coupling="sample"`` this is
+            SGD, RMSprop or EKFAC, by the curvature.
+        momentum: weight of the last update, as a drift the policy takes into account; default 0.
+        weight_decay: ``gamma`` of the stage cost ``gamma / 2 |u|^2`` per layer; default 0.
+        stages: modules, or their names, at whose input the whole state passes (residual blocks, say): the layers
+            inside one move together. Default: every layer is a stage, right for chains.
+
+    Raises:
+        ValueError: if a number is out of range, ``coupling`` is unknown, or ``stages`` names no module.
+        TypeError: if ``curvature`` or ``terminal`` is not one, or ``feedback`` is not a bool.
+
+    Example:
+        >>> import torch
+        >>> from ddpnopt import DDPNOpt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> criterion = torch.nn.CrossEntropyLoss()
+        >>> optimizer = DDPNOpt(model, lr=0.1)
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     loss = criterion(model(x), y)
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> bool(criterion(model(x), y) < loss)
+        True
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        lr: float = 0.1,
+        *,
+        curvature: Curvature | None = None,
+        terminal: Terminal | None = None,
+        coupling: Coupling = "batch",
+        feedback: bool = True,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        stages: Sequence[str | nn.Module] | None = None,
+    ):
+        self.curvature = Kronecker() if curvature is None else curvature
+        self.terminal = Gradient() if terminal is None else terminal
+        self.coupling, self.feedback, self.stages = coupling, feedback, stages
+        _check_options(self.curvature, self.terminal, coupling, feedback)
+        self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
+        params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._steps = 0
+        self._refused: dict[str, str] = {}
+        self._failures = 0
+        self._last: Outcome | None = None
+        self._closed = False
+        self._connect()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; its ``lr``, ``momentum`` and ``weight_decay`` are checked like the constructor's."""
+        _check_numbers({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def close(self) -> None:
+        """Take every hook off the model; the optimizer cannot step its layers afterwards."""
+        self._recorder.close() if self._recorder is not None else None
+        self._closed = True
+
+    def report(self) -> Report:
+        """Which layer is read by which rule and why, before any training; prints as a table."""
+        self._refresh_network()
+        return describe(self._network, self.curvature, self.coupling)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Figures of the last step.
+
+        Returns:
+            ``"layers"``: for each stage ``"k"``, the length of its open-loop update in the curvature's measure
+            ``|du|_R``, ``"feedback"``, that of what ``K dx`` added, and ``"predicted_decrease"``; ``"predicted_decrease"``
+            of the batch's loss, open loop, summed over stages; ``"actual_decrease"``, ``None`` unless the terminal
+            has a criterion; ``"factorisation_failures"``, how often a factorisation had to be tried again since
+            the start. Empty before the first step.
+        """
+        if self._last is None:
+            return {}
+        layers = {name: {k: float(v) for k, v in figures.items()} for name, figures in self._last.figures.items()}
+        actual = self._last.actual_decrease
+        return {
+            "layers": layers,
+            "predicted_decrease": sum(figures["predicted_decrease"] for figures in layers.values()),
+            "actual_decrease": None if actual is None else float(actual),
+            "factorisation_failures": sum(s.get("failures", 0) for s in self.state.values()) + self._failures,
+        }
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and the recorded passes that a backward pass has already gone through."""
+        super().zero_grad(set_to_none)
+        if self._recorder is not None:
+            self._recorder.forget()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that got a gradient; runs the model a second time unless ``feedback`` is off.
+
+        Args:
+            closure: optional; computes the loss, is called once with gradients enabled, and either calls
+                ``backward`` itself (torch's convention) or only returns the loss (cheapest: no parameter gradients
+                are formed). Without it, the step follows ``loss.backward()``.
+
+        Returns:
+            what the closure returned, or ``None``.
+
+        Raises:
+            StepError: (a ``ValueError`` and a ``RuntimeError``) if there was no backward pass, the batch is empty
+                or was changed since, or anything is not finite. Weights and state are then as before the call, as
+                they are after any other exception.
+        """
+        if self._closed:
+            raise StepError("this optimizer was closed; make a new one to go on training")
+        self._refresh_network()
+        try:
+            return self._step(closure)
+        finally:
+            if self._recorder is not None:
+                self._recorder.forget()
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss, passes, gradients, graph = self._evaluate(closure)
+        if self._recorder is not None and not passes and not gradients:
+            raise StepError(
+                "step() found no gradient: call loss.backward() first, on a loss of the model that this optimizer was "
+                "made with, or pass a closure that returns the loss"
+            )
+        if any(p.batch == 0 for p in passes):
+            raise StepError("the batch is empty: the model was called on an input of length 0")
+        task = Task(
+            self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal, self.coupling,
+            self.feedback, self._recorder, passes, gradients, graph, self._steps,
+        )  # fmt: skip
+        with Transaction(self._names) as transaction:
+            outcome = open_loop(task) if self._is_open else closed_loop(task)
+            transaction.check()
+        for parameter, state in outcome.states.items():
+            self.state[parameter] = state
+        self._steps += 1
+        self._failures += outcome.failures
+        self._last = outcome
+        self._refused |= outcome.refused
+        return loss
+
+    # --- gradients -------------------------------------------------------------------------------------------
+
+    def _evaluate(
+        self, closure: Callable[[], Any] | None
+    ) -> tuple[Any, list[Pass], dict[nn.Parameter, Tensor], Tensor | None]:
+        """Loss, recorded passes with cotangents, gradients, and the loss again where its graph is still ours."""
+        if closure is None:
+            return None, self._recorder.take() if self._recorder else [], self._own_gradients(), None
+        if self._recorder is None:
+            with torch.enable_grad():
+                loss = closure()
+            _check_loss(loss)
+            gradients = self._own_gradients()
+            if not gradients and isinstance(loss, Tensor) and loss.requires_grad:
+                gradients = _differentiated(loss, [], list(self._group_of))
+            return loss, [], gradients, None
+        with torch.enable_grad(), self._recorder.keeping_graph() as kept:
+            loss = closure()
+        _check_loss(loss)
+        earlier = self._recorder.take()
+        fresh = [p for p in kept if not p.reached and p.edges]
+        for p in kept:
+            if p.reached:
+                p.edges.clear()
+                p.output = None
+        if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
+            return loss, earlier, self._own_gradients(), None
+        with self._recorder.muted():
+            wanted = self._needed_gradients(fresh)
+            keep = self.terminal.needs_loss and not self._is_open
+            gradients = _differentiated(loss, fresh, wanted, retain_graph=keep)
+        if not keep:
+            for p in fresh:
+                p.edges.clear()
+                p.output = None
+        if earlier:
+            for parameter, gradient in self._own_gradients().items():
+                gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
+        return loss, [*earlier, *fresh], gradients, loss if keep else None
+
+    @property
+    def _is_open(self) -> bool:
+        return self.coupling == "sample" and not self.feedback
+
+    def _own_gradients(self) -> dict[nn.Parameter, Tensor]:
+        return {p: p.grad for p in self._group_of if p.grad is not None}
+
+    def _needed_gradients(self, passes: Sequence[Pass]) -> list[nn.Parameter]:
+        """Parameters whose own gradient a step needs; the rest is read off columns."""
+        if self._is_open:
+            return [p for p in self._group_of if p.requires_grad]
+        unread = {layer.module for layer in self._network.layers if layer.rule.name == "generic"}
+        unread |= {run.layer for p in passes for run in p.runs if run.misfit}
+        inside = chain.from_iterable(layer.blocks for layer in self._network.layers if layer.module in unread)
+        blocks = chain((loose.block for loose in self._network.loose), inside)
+        return [p for block in blocks for p in block.parameters if p.requires_grad]
+
+    # --- what the optimizer is connected to ------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        """Hook the model's layers and stages, whether or not they are trained at present."""
+        self._signature: tuple[Any, ...] = ()
+        self._recorder: Recorder | None = None
+        self._refresh_network()
+        if self.model is not None:
+            layers = [m for m in self.model.modules() if any(p is not None for p in m._parameters.values())]
+            stages = dict.fromkeys(chain(layers, (stage.module for stage in self._network.stages)))
+            self._recorder = Recorder(self.model, layers, stages, self.terminal.criterion)
+            weakref.finalize(self, self._recorder.close)
+
+    def _refresh_network(self) -> None:
+        """Read the network again after parameters were frozen, thawed or regrouped, or a rule has failed."""
+        groups = tuple(tuple((id(p), p.requires_grad) for p in group["params"]) for group in self.param_groups)
+        if (signature := (groups, *self._refused)) == self._signature:
+            return
+        self._signature = signature
+        self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad}
+        self._network: Network = read_network(self.model, self._group_of, self.stages, self._refused)
+        known = {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
+        self._names = {known.get(p, f"parameter {i}"): p for i, p in enumerate(self._group_of)}
+
+    # --- persistence -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
+        return {**super().state_dict(), "steps": self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave; curvature keeps the precision it was saved with.
+
+        Raises:
+            ValueError: if the groups or their parameters do not match.
+        """
+        super().load_state_dict(state_dict)
+        self._steps = state_dict.get("steps", 0)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for i, parameter in zip(saved, own, strict=True):
+            # torch casts state to its parameter's type; curvature of half-precision weights is in float32
+            for name, value in state_dict["state"].get(i, {}).items():
+                kept = value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
+                self.state[parameter][name] = kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = ("_recorder", "_network", "_group_of", "_names", "_signature", "_last")
+        return {**super().__getstate__(), **{k: v for k, v in self.__dict__.items() if k not in dropped}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
+            self._last = None
+            self._connect()
+
+
+def _differentiated(
+    loss: Tensor, passes: Sequence[Pass], parameters: Sequence[nn.Parameter], *, retain_graph: bool = False
+) -> dict[nn.Parameter, Tensor]:
+    """Fill the passes' cotangents from the loss's graph; returns the gradients of ``parameters`` that have one."""
+    edges = [edge for p in passes for edge in p.edges]
+    wanted = [edge for _, _, edge in edges] + list(parameters)
+    if not wanted:
+        return {}
+    values = torch.autograd.grad(loss, wanted, retain_graph=retain_graph, allow_unused=True)
+    for (cotangents, i, _), value in zip(edges, values, strict=False):
+        cotangents[i] = value
+    gradients = zip(parameters, values[len(edges) :], strict=True)
+    return {p: gradient for p, gradient in gradients if gradient is not None}
+
+
+def _check_loss(loss: Any) -> None:
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not bool(torch.isfinite(loss)):
+        raise StepError(f"the loss is {float(loss)}; weights and optimizer state are unchanged")
+
+
+def _check_numbers(group: dict[str, Any]) -> None:
+    ranges = {
+        "lr": "a positive step size such as 0.1",
+        "momentum": "a number in [0, 1)",
+        "weight_decay": "a number >= 0",
+    }
+    for name, wanted in ranges.items():
+        value = float(group[name])
+        if not (math.isfinite(value) and value >= 0 and (name != "momentum" or value < 1)):
+            raise ValueError(f"Invalid {name}: {group[name]!r}; give {wanted}")
+
+
+def _check_options(curvature: object, terminal: object, coupling: object, feedback: object) -> None:
+    if not isinstance(curvature, Curvature):
+        raise TypeError(f"curvature must be Kronecker(), EigenKronecker(), Adaptive() or Identity(), got {curvature!r}")
+    if not isinstance(terminal, Terminal):
+        raise TypeError(f"terminal must be Gradient(), Matched(...), Exact(...) or Sampled(...), got {terminal!r}")
+    if coupling not in ("batch", "sample"):
+        raise ValueError(
+            f"coupling must be 'batch' (the joint problem) or 'sample' (the paper's form), got {coupling!r}"
+        )
+    if not isinstance(feedback, bool):
+        raise TypeError(f"feedback must be True or False, got {feedback!r}")

@@ -1,0 +1,252 @@
+"""The two kinds of step, as functions of everything one step needs.
+
+The open loop of the sample form is the adapted optimizer itself, in torch's order of operations. Every other form
+is closed: columns, backward pass over stages, second forward pass.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .bellman import BlockTerms, StagePolicy, backward_pass
+from .columns import Columns, DenseColumns
+from .curvature import Curvature
+from .curvature.base import State
+from .layers import Block
+from .linearise import Linearised, columns_of, joined, linearise
+from .network import Layer, Network, Stage, matrix_of
+from .rollout import forward_pass
+from .terminal import Gradient, Terminal
+from .trajectory import Pass, Recorder
+from .value import BatchPolicy, BatchValue, SampleValue
+
+Coupling = Literal["batch", "sample"]
+VELOCITY = "velocity"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one step works on.
+
+    Args:
+        network: layers, stages and loose parameters.
+        groups, group_of: the optimizer's parameter groups, and each parameter's index among them.
+        state: of the optimizer, by a block's first parameter; not written into.
+        curvature, terminal, coupling, feedback: the optimizer's options.
+        recorder: ``None`` for bare parameters.
+        passes: recorded forward passes with their cotangents.
+        gradients: of the batch's loss, for the parameters that have one.
+        loss: with its graph, if the closure left it and the terminal wants it.
+        number: of the step, from 0.
+    """
+
+    network: Network
+    groups: Sequence[Mapping[str, Any]]
+    group_of: Mapping[nn.Parameter, int]
+    state: Mapping[nn.Parameter, State]
+    curvature: Curvature
+    terminal: Terminal
+    coupling: Coupling
+    feedback: bool
+    recorder: Recorder | None
+    passes: Sequence[Pass]
+    gradients: Mapping[nn.Parameter, Tensor]
+    loss: Tensor | None
+    number: int
+
+    def settings(self, block: Block) -> tuple[float, float, float]:
+        """``lr``, ``weight_decay`` and ``momentum`` of a block's group."""
+        group = self.groups[self.group_of[block.parameters[0]]]
+        return float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
+
+    def own_state(self, block: Block) -> tuple[State, Tensor | None]:
+        """A block's curvature state, and its velocity."""
+        state = dict(self.state.get(block.parameters[0], {}))
+        velocity = state.pop(VELOCITY, None)
+        return state, velocity
+
+    def gradient(self, block: Block) -> Tensor | None:
+        """Gradient of the batch's loss as the block's matrix, at least in float32; ``None`` without one."""
+        if any(p not in self.gradients for p in block.parameters):
+            return None
+        return _wide(matrix_of(block, [self.gradients[p] for p in block.parameters]))
+
+    def blocks(self) -> list[Block]:
+        """Of layers and loose parameters, all."""
+        return [b for layer in self.network.layers for b in layer.blocks] + [x.block for x in self.network.loose]
+
+
+@dataclass
+class Outcome:
+    """What a step leaves: weights are moved already, everything else is here to be committed.
+
+    Args:
+        states: new state by a block's first parameter.
+        figures: diagnostics by stage.
+        actual_decrease: of the loss on the same batch, where a criterion is known.
+        failures: factorisations of the value's curvature that had to be tried again.
+        refused: layers whose rule failed, with the reason.
+    """
+
+    states: dict[nn.Parameter, State] = field(default_factory=dict)
+    figures: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    actual_decrease: Tensor | None = None
+    failures: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def open_loop(task: Task) -> Outcome:
+    """``Q_ux = 0`` in the sample form: SGD, RMSprop, K-FAC or EKFAC, on the gradients autograd gave."""
+    outcome = Outcome()
+    columns: dict[nn.Parameter, Columns] = {}
+    if task.curvature.needs_columns and task.passes and task.recorder is not None:
+        linearised, _ = linearise(task.passes, Gradient(task.terminal.reduction), task.recorder, None, task.number)
+        for layer in task.network.layers:
+            own = _read(layer, linearised, outcome)
+            columns |= {block.parameters[0]: c for block, c in zip(layer.blocks, own, strict=False)}
+    for block in task.blocks():
+        gradient = task.gradient(block)
+        if gradient is None:
+            continue
+        lr, decay, momentum = task.settings(block)
+        state, velocity = task.own_state(block)
+        control = _wide(matrix_of(block, block.parameters).clone())
+        if decay:
+            gradient = gradient.add(control, alpha=decay)
+        own_columns = columns.get(block.parameters[0], DenseColumns(gradient[None, None]))
+        ridge = task.curvature.ridge(lr, decay, batch=False)
+        q_u = gradient
+        state = task.curvature.advance(state, own_columns, lambda q_u=q_u: q_u, ridge)  # type: ignore[misc]
+        inverse = task.curvature.inverse(state, ridge)
+        if momentum:
+            velocity = torch.zeros_like(gradient) if velocity is None else velocity * momentum
+            state = {**state, VELOCITY: inverse.accumulate_(velocity, gradient, 1.0)}
+            control.add_(velocity, alpha=-lr)
+        else:
+            inverse.accumulate_(control, gradient, -lr)
+        _write(block, control)
+        outcome.states[block.parameters[0]] = state
+    return outcome
+
+
+def closed_loop(task: Task) -> Outcome:
+    """Loose parameters first, then the backward and the forward pass over stages."""
+    outcome = Outcome()
+    linearised: list[Linearised] = []
+    policies: dict[Stage, StagePolicy] = {}
+    blocks: dict[Stage, list[tuple[Block, Columns]]] = {}
+    if task.passes and task.recorder is not None:
+        linearised, end = linearise(task.passes, task.terminal, task.recorder, task.loss, task.number)
+        blocks = _blocks_by_stage(task, linearised, outcome)
+        value = _value(task.coupling, end.a, end.curved, end.weight)
+        terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
+        swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.feedback)
+        policies = dict(zip(blocks, swept, strict=True))
+    read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
+    for block in task.blocks():
+        gradient = task.gradient(block)
+        if gradient is not None and read.isdisjoint(block.parameters):
+            _move_alone(task, block, gradient, outcome)
+
+    def apply(stage: Stage, weights: Tensor, r: Tensor | None) -> None:
+        policy = policies[stage]
+        for (block, _), part in zip(blocks[stage], policy.blocks, strict=True):
+            control, velocity = part.move(weights)
+            _write(block, control)
+            outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
+        k = policy.policy.k_weights
+        outcome.figures[stage.name] = {
+            "k": policy.size(k),
+            "feedback": policy.size(weights - k),
+            "predicted_decrease": policy.policy.predicted,
+        }
+
+    whole = joined(linearised) if task.feedback and len(policies) > 1 else None
+    if task.recorder is not None:
+        output = forward_pass(task.recorder, whole, policies, apply)
+        outcome.actual_decrease = _actual_decrease(task, whole, output)
+    failed = [p.policy.failures for p in policies.values() if isinstance(p.policy, BatchPolicy)]
+    outcome.failures = sum(failed)
+    return outcome
+
+
+def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchValue | SampleValue:
+    kind = BatchValue if coupling == "batch" else SampleValue
+    return kind.terminal(a, curved, weight)
+
+
+def _blocks_by_stage(
+    task: Task, linearised: Sequence[Linearised], outcome: Outcome
+) -> dict[Stage, list[tuple[Block, Columns]]]:
+    """Blocks with their columns, by stage, in the order the stages ran."""
+    stage_of = {stage.module: stage for stage in task.network.stages}
+    ran = [stage_of[module] for module in linearised[0].recorded.visits if module in stage_of]
+    found = {}
+    for stage in ran:
+        pairs = []
+        for index in stage.layers:
+            layer = task.network.layers[index]
+            pairs += list(zip(layer.blocks, _read(layer, linearised, outcome), strict=False))
+        if pairs:
+            found[stage] = pairs
+    return found
+
+
+def _read(layer: Layer, linearised: Sequence[Linearised], outcome: Outcome) -> list[Columns]:
+    """Columns of each of the layer's blocks; none if no gradient reached it or its rule fails."""
+    if layer.rule.name != "generic":
+        return columns_of(layer, linearised) or []
+    try:
+        return columns_of(layer, linearised) or []
+    except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
+        reason = f"the generic rule failed ({type(error).__name__}): one update from the whole batch's gradient"
+        warnings.warn(f"{layer.name or 'the model'}, {type(layer.module).__name__}: {reason}", stacklevel=2)
+        outcome.refused[layer.name] = reason
+        return []
+
+
+def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
+    state, velocity = task.own_state(block)
+    return BlockTerms(columns, _wide(matrix_of(block, block.parameters)), velocity, *task.settings(block), state)
+
+
+def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) -> None:
+    """A chain of one layer and one sample, whose only column is the whole batch's gradient."""
+    one = torch.ones(1, 1, dtype=torch.float64, device=gradient.device)
+    terms = _terms(task, block, DenseColumns(gradient[None, None]))
+    value = _value(task.coupling, one, 1, 1.0)
+    (policy,) = backward_pass([[terms]], value, task.curvature, 1, feedback=task.feedback)
+    (part,) = policy.blocks
+    control, velocity = part.move(policy.policy.k_weights)
+    _write(block, control)
+    outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
+
+
+def _actual_decrease(task: Task, whole: Linearised | None, output: Any) -> Tensor | None:
+    criterion = task.terminal.criterion
+    if whole is None or criterion is None or whole.recorded.criterion is None or task.recorder is None:
+        return None
+    (before, *rest), kwargs = whole.recorded.criterion
+    if not isinstance(output, Tensor) or output.numel() != before.numel():
+        return None
+    with torch.no_grad(), task.recorder.muted():
+        now = criterion(output.view(before.shape), *rest, **kwargs)
+        return torch.as_tensor(criterion(before, *rest, **kwargs) - now)
+
+
+def _with_velocity(state: State, velocity: Tensor | None) -> State:
+    return state if velocity is None else {**state, VELOCITY: velocity}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _write(block: Block, matrix: Tensor) -> None:
+    with torch.no_grad():
+        for parameter, part in zip(block.parameters, block.split(matrix), strict=True):
+            parameter.copy_(part)

@@ -1,0 +1,250 @@
+"""From the loss to the columns at the model's output: ``V_x = Z a``, ``V_xx = Z Z'`` of each sample's own loss.
+
+Shapes: ``B`` samples, output flattened to ``d`` numbers per sample, ``R`` columns. The loss of a batch is
+``J = w sum_i phi_i`` with ``w = 1/B`` for a mean and 1 for a sum; gradients ``g`` and Hessians ``H`` here are those
+of ``phi_i``, one sample's own loss, at its output.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class OutputLoss:
+    """The loss as a function of the output, with its graph: ``loss`` (a number) of ``output [B, ...]``.
+
+    ``weight``: ``w``, what the batch's loss multiplies each sample's own loss by.
+    """
+
+    loss: Tensor
+    output: Tensor
+    weight: float
+    batch: int
+
+    def gradient(self) -> Tensor:
+        """``w g``, ``[B, d]``, differentiable once more."""
+        (gradient,) = torch.autograd.grad(self.loss, self.output, create_graph=True)
+        return gradient.reshape(self.batch, -1)
+
+    def derivative(self, value: Tensor) -> Tensor:
+        """``d value / d output`` as ``[B, d]``; zeros where it does not depend on it."""
+        if not value.requires_grad:
+            return value.new_zeros(self.batch, self.output.numel() // self.batch)
+        (derivative,) = torch.autograd.grad(value, self.output, retain_graph=True, allow_unused=True)
+        zeros = torch.zeros_like(self.output)
+        return (zeros if derivative is None else derivative).reshape(self.batch, -1)
+
+
+class Terminal(ABC):
+    """Base of :class:`Gradient`, :class:`Matched`, :class:`Exact` and :class:`Sampled`."""
+
+    criterion: nn.Module | None
+    reduction: Reduction
+
+    @property
+    @abstractmethod
+    def needs_loss(self) -> bool:
+        """Whether the loss's Hessian at the output is used, so that a criterion (or a closure's loss) is needed."""
+
+
+class RankOne(Terminal):
+    """One column per sample, a multiple of its gradient: the ordinary backward pass carries it."""
+
+    @abstractmethod
+    def scale(self, loss: OutputLoss) -> Tensor:
+        """``c [B]`` with ``Z = c g``."""
+
+
+class Factored(Terminal):
+    """``R`` columns per sample, to be pulled back one by one, beside the gradient."""
+
+    @abstractmethod
+    def factor(self, loss: OutputLoss, step: int) -> Tensor:
+        """``Z [R, B, d]``."""
+
+
+@dataclass(frozen=True)
+class Gradient(RankOne):
+    """``Z = g``: the loss's curvature is the outer product of its gradient (Proposition 3 of the paper).
+
+    Asks every sample for a loss decrease of 1 per step. Needs nothing but the backward pass.
+
+    Args:
+        reduction: whether the batch's loss is the ``"mean"`` (default) or the ``"sum"`` of the samples' losses.
+
+    Raises:
+        ValueError: if ``reduction`` is neither.
+
+    Example:
+        >>> from ddpnopt import Gradient
+        >>> Gradient()
+        Gradient(reduction='mean')
+    """
+
+    reduction: Reduction = "mean"
+    criterion = None
+
+    def __post_init__(self) -> None:
+        _check_reduction("Gradient", self.reduction)
+
+    @property
+    def needs_loss(self) -> bool:
+        return False
+
+    def scale(self, loss: OutputLoss) -> Tensor:
+        return loss.output.new_ones(loss.batch)
+
+
+@dataclass(frozen=True)
+class Matched(RankOne):
+    """``Z = c g`` with ``c^2 = max(1/cap, g'Hg / (g'g)^2)``: exact along the gradient, no decrease above ``cap`` asked.
+
+    Args:
+        criterion: the loss module the training loop calls on the model's output. ``None`` only for
+            ``step(closure)`` with a closure that returns the loss without calling ``backward``.
+        cap: largest decrease of its own loss asked of a sample in one step; default 1.
+        reduction: of the loss, where the criterion does not say; default ``"mean"``.
+
+    Raises:
+        TypeError: if ``criterion`` is not a module.
+        ValueError: if ``cap`` is not a positive number, or the criterion's reduction is neither mean nor sum.
+
+    Example:
+        >>> import torch
+        >>> from ddpnopt import Matched
+        >>> Matched(torch.nn.CrossEntropyLoss())
+        Matched(criterion=CrossEntropyLoss(), cap=1.0, reduction='mean')
+    """
+
+    criterion: nn.Module | None = None
+    cap: float = 1.0
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reduction", _reduction_of("Matched", self.criterion, self.reduction))
+        if not (isinstance(self.cap, int | float) and math.isfinite(self.cap) and self.cap > 0):
+            raise ValueError(f"Matched: cap must be a positive number (a decrease of the loss), got {self.cap!r}")
+
+    @property
+    def needs_loss(self) -> bool:
+        return True
+
+    def scale(self, loss: OutputLoss) -> Tensor:
+        gradient = loss.gradient()
+        g = gradient.detach()
+        curvature = (g * loss.derivative((gradient * g).sum())).sum(1)
+        square = g.square().sum(1).square()
+        # with w g for g and w H for H, what is left over of the weights is one w
+        matched = torch.where(square > 0, loss.weight * curvature / square, torch.zeros_like(square))
+        return matched.clamp_min(1 / self.cap).sqrt()
+
+
+@dataclass(frozen=True)
+class Exact(Factored):
+    """``Z Z' = H``, every column of the loss's own Hessian at the output: ``d`` columns per sample.
+
+    The Hessian is that of the loss as a function of the output (for convex losses the generalised Gauss-Newton
+    curvature); its negative eigenvalues count as zero. Costs ``d`` backward passes and ``(B (d + 1))^2`` memory.
+
+    Args:
+        criterion: see :class:`Matched`.
+        reduction: see :class:`Matched`.
+
+    Raises:
+        TypeError: if ``criterion`` is not a module.
+        ValueError: if the criterion's reduction is neither mean nor sum.
+
+    Example:
+        >>> import torch
+        >>> from ddpnopt import Exact
+        >>> Exact(torch.nn.MSELoss(reduction="sum"))
+        Exact(criterion=MSELoss(), reduction='sum')
+    """
+
+    criterion: nn.Module | None = None
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reduction", _reduction_of("Exact", self.criterion, self.reduction))
+
+    @property
+    def needs_loss(self) -> bool:
+        return True
+
+    def factor(self, loss: OutputLoss, step: int) -> Tensor:
+        return _hessian_factor(loss).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Sampled(Factored):
+    """``columns`` random columns with ``E[Z Z'] = H``: random signs times the factor of :class:`Exact`.
+
+    Args:
+        criterion: see :class:`Matched`.
+        columns: number of random columns ``R`` per sample; default 4.
+        reduction: see :class:`Matched`.
+        seed: of the signs, which depend on it and the step's number alone; default 0.
+
+    Raises:
+        TypeError: if ``criterion`` is not a module.
+        ValueError: if ``columns`` is not an integer >= 1, or the criterion's reduction is neither mean nor sum.
+
+    Example:
+        >>> import torch
+        >>> from ddpnopt import Sampled
+        >>> Sampled(torch.nn.CrossEntropyLoss(), columns=2).columns
+        2
+    """
+
+    criterion: nn.Module | None = None
+    columns: int = 4
+    reduction: Reduction = "mean"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reduction", _reduction_of("Sampled", self.criterion, self.reduction))
+        if not isinstance(self.columns, int) or self.columns < 1:
+            raise ValueError(f"Sampled: columns must be an integer >= 1, got {self.columns!r}")
+
+    @property
+    def needs_loss(self) -> bool:
+        return True
+
+    def factor(self, loss: OutputLoss, step: int) -> Tensor:
+        factor = _hessian_factor(loss)
+        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        signs = torch.randint(0, 2, (*factor.shape[::2], self.columns), generator=generator) * 2 - 1
+        signs = signs.to(factor) / math.sqrt(self.columns)
+        return (factor @ signs).permute(2, 0, 1)
+
+
+def _hessian_factor(loss: OutputLoss) -> Tensor:
+    """``Z [B, d, d]`` with ``Z Z' = H``, negative eigenvalues of ``H`` clipped to zero."""
+    gradient = loss.gradient()
+    rows = [loss.derivative(entry.sum()) for entry in gradient.unbind(1)]
+    hessian = torch.stack(rows, 1) / loss.weight
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    return vectors * values.clamp_min(0).sqrt()[:, None, :]
+
+
+def _check_reduction(name: str, reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"{name}: reduction must be 'mean' or 'sum' (over the batch), got {reduction!r}")
+
+
+def _reduction_of(name: str, criterion: nn.Module | None, reduction: Reduction) -> Reduction:
+    if criterion is not None and not isinstance(criterion, nn.Module):
+        raise TypeError(
+            f"{name}: the criterion must be a loss module such as torch.nn.CrossEntropyLoss(), the very one the "
+            f"training loop calls, got {criterion!r}"
+        )
+    said: Reduction = getattr(criterion, "reduction", reduction)
+    _check_reduction(name, said)
+    return said

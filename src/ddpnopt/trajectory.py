@@ -1,0 +1,307 @@
+"""The nominal trajectory: what every forward pass fed to each layer, and what the backward pass brought back.
+
+The only code that registers hooks. A pass lives as long as the graph of its forward pass, or until the step
+that used it: the graph's tensor hooks hold it, and it holds nothing of the graph, so neither a forward pass that
+nobody differentiates nor a model that outlives its optimizer leaks.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from .errors import StepError
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of a layer: detached inputs, and gradients at its floating-point outputs (``None`` until they come).
+
+    ``misfit``: its outputs do not lead with the batch, so that no column belongs to one sample.
+    """
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    cotangents: list[Tensor | None]
+    misfit: bool
+
+
+@dataclass(eq=False)
+class Visit:
+    """A stage's state at its first run: floating-point inputs (detached), and the gradients at them."""
+
+    inputs: list[Tensor]
+    cotangents: list[Tensor | None]
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass of the model. ``edges``: where to differentiate, kept only while the graph is ours."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch: int
+    rng: list[Tensor]
+    autocast: tuple[str, torch.dtype, bool]
+    runs: list[Run] = field(default_factory=list)
+    visits: dict[nn.Module, Visit] = field(default_factory=dict)
+    criterion: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    output_key: tuple[int, int] | None = None
+    output: Any = None
+    edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
+    reached: bool = False
+
+
+BeforeStage = Callable[[nn.Module, list[Tensor]], None]
+
+
+class _Hook:
+    """A module hook that does not keep its recorder alive, and that a copied or pickled model carries along inert."""
+
+    def __init__(self, method: Callable[..., None], module: nn.Module):
+        self._method: weakref.WeakMethod[Callable[..., None]] | None = weakref.WeakMethod(method)
+        self._module: weakref.ref[nn.Module] | None = weakref.ref(module)
+
+    def __call__(self, module: nn.Module, *values: Any) -> None:
+        method = self._method() if self._method else None
+        if method is not None and self._module is not None and self._module() is module:
+            method(module, *values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_method": None, "_module": None}
+
+
+class Recorder:
+    """Records passes of ``model`` under grad mode, and runs the model again on a recorded pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[nn.Module],
+        stages: Iterable[nn.Module],
+        criterion: nn.Module | None,
+    ):
+        self.model = model
+        self.live: list[Pass] = []
+        self._begun: list[weakref.ref[Pass]] = []
+        self._current: Pass | None = None
+        self._keeping = False
+        self._muted = False
+        self._before_stage: BeforeStage | None = None
+        self._unreached: int | None = None
+        self._handles = self._attach(layers, stages, criterion)
+        self._release = weakref.finalize(self, _remove, self._handles)
+
+    def close(self) -> None:
+        """Take every hook off the model."""
+        self._release()
+        self.live.clear()
+
+    def take(self) -> list[Pass]:
+        """The passes that a backward pass has reached since the last step, oldest first."""
+        live = [p for p in self.live if p.runs]
+        if self._unreached is not None and live and self._unreached not in [p.batch for p in live]:
+            raise StepError(
+                f"the last forward pass had batch size {self._unreached}, the one that loss.backward() "
+                f"went through had {live[-1].batch}: step before the next training batch, and evaluate under torch.no_grad()"
+            )
+        return live
+
+    def forget(self) -> None:
+        """Drop the passes a step has used."""
+        self.live.clear()
+        self._unreached = None
+
+    @contextlib.contextmanager
+    def keeping_graph(self) -> Iterator[list[Pass]]:
+        """Collect the passes begun inside, with their outputs and the graph's edges."""
+        passes: list[Pass] = []
+        before = self._keeping, self._begun
+        self._keeping, self._begun = True, []
+        try:
+            yield passes
+            passes += [p for p in (ref() for ref in self._begun) if p is not None]
+        finally:
+            self._keeping, self._begun = before
+
+    @contextlib.contextmanager
+    def muted(self) -> Iterator[None]:
+        """Ignore what backward passes bring: the caller reads the graph itself."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
+
+    def replay(self, recorded: Pass, before_stage: BeforeStage) -> Any:
+        """Run the model again on a pass's inputs, same dropout masks, buffers restored; returns its output.
+
+        ``before_stage(module, inputs)`` is called before each stage's first run.
+        """
+        with self._as_recorded(recorded), torch.no_grad():
+            self._before_stage = before_stage
+            try:
+                return self.model(*recorded.args, **recorded.kwargs)
+            finally:
+                self._before_stage = None
+
+    def again(self, recorded: Pass) -> Pass:
+        """Record the same pass again with its graph: for columns that the first backward pass did not carry."""
+        with self._as_recorded(recorded), torch.enable_grad(), self.keeping_graph() as passes:
+            output = self.model(*recorded.args, **recorded.kwargs)
+        (again,) = passes
+        again.output = output
+        return again
+
+    @contextlib.contextmanager
+    def _as_recorded(self, recorded: Pass) -> Iterator[None]:
+        buffers = {buffer: buffer.clone() for buffer in self.model.buffers()}
+        rng = _rng_states(self.model)
+        device, dtype, enabled = recorded.autocast
+        unreached = self._unreached
+        _set_rng_states(self.model, recorded.rng)
+        try:
+            with torch.autocast(device, dtype=dtype, enabled=enabled):
+                yield
+        finally:
+            self._current = None
+            self._unreached = unreached
+            _set_rng_states(self.model, rng)
+            for buffer, before in buffers.items():
+                with torch.no_grad():
+                    buffer.copy_(before)
+
+    def _attach(
+        self, layers: Iterable[nn.Module], stages: Iterable[nn.Module], criterion: nn.Module | None
+    ) -> list[RemovableHandle]:
+        def before(module: nn.Module, method: Callable[..., None]) -> RemovableHandle:
+            return module.register_forward_pre_hook(_Hook(method, module), with_kwargs=True)
+
+        def after(module: nn.Module, method: Callable[..., None], *, always: bool) -> RemovableHandle:
+            return module.register_forward_hook(_Hook(method, module), with_kwargs=True, always_call=always)
+
+        # the model's own hooks enclose its layers', also where the model is a layer itself
+        handles = [before(self.model, self._begin)]
+        handles += [before(stage, self._visit) for stage in stages]
+        handles += [after(layer, self._ran, always=False) for layer in layers]
+        handles.append(after(self.model, self._end, always=True))
+        if criterion is not None:
+            handles.append(before(criterion, self._criterion))
+        return handles
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._before_stage is not None or not torch.is_grad_enabled():
+            return
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+        device = tensors[0].device.type if tensors else "cpu"
+        autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        batch = len(tensors[0]) if tensors else 0
+        self._current = Pass(_detached(args), _detached(kwargs), batch, _rng_states(self.model), autocast)
+        self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(self._current)]
+        if self.model.training:
+            self._unreached = batch
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ended, self._current = self._current, None
+        if ended is None:
+            return
+        if isinstance(output, Tensor):
+            ended.output_key = _key(output)
+        if self._keeping:
+            ended.output = output
+
+    def _visit(self, stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._before_stage is not None:
+            self._before_stage(stage, _floating((args, kwargs)))
+        elif self._current is not None and stage not in self._current.visits and torch.is_grad_enabled():
+            inputs = _floating((args, kwargs))
+            visit = Visit([x.detach() for x in inputs], [None] * len(inputs))
+            self._current.visits[stage] = visit
+            self._tap(self._current, inputs, visit.cotangents)
+
+    def _ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._current is None or self._before_stage is not None or not torch.is_grad_enabled():
+            return
+        outputs = _floating(output)
+        misfit = any(out.ndim < 1 or len(out) != self._current.batch for out in outputs)
+        run = Run(layer, _detached(args), _detached(kwargs), [None] * len(outputs), misfit)
+        self._current.runs.append(run)
+        self._tap(self._current, outputs, run.cotangents)
+
+    def _tap(self, into: Pass, tensors: Sequence[Tensor], cotangents: list[Tensor | None]) -> None:
+        for i, tensor in enumerate(tensors):
+            if not tensor.requires_grad:
+                continue
+            tensor.register_hook(_Tap(self, into, cotangents, i))
+            if self._keeping:
+                into.edges.append((cotangents, i, get_gradient_edge(tensor)))
+
+    def _arrived(self, into: Pass, cotangents: list[Tensor | None], i: int, gradient: Tensor) -> None:
+        if self._muted:
+            return
+        before = cotangents[i]
+        cotangents[i] = gradient.detach() if before is None else before + gradient.detach()
+        self._unreached = None
+        if not into.reached:
+            into.reached = True
+            self.live.append(into)
+
+    def _criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        output = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if output is None or self._muted:
+            return
+        for ref in reversed(self._begun):
+            recorded = ref()
+            if recorded is not None and recorded.output_key == _key(output):
+                recorded.criterion = _detached(args), _detached(kwargs)
+                return
+
+
+class _Tap:
+    """A tensor hook: hands the gradient to the recorder and changes nothing."""
+
+    def __init__(self, recorder: Recorder, into: Pass, cotangents: list[Tensor | None], i: int):
+        self._to = recorder, into, cotangents, i
+
+    def __call__(self, gradient: Tensor) -> None:
+        recorder, into, cotangents, i = self._to
+        recorder._arrived(into, cotangents, i, gradient)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _key(output: Tensor) -> tuple[int, int]:
+    return output.data_ptr(), output.numel()
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _detached(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def _rng_states(model: nn.Module) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
+
+
+def _set_rng_states(model: nn.Module, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(_devices(model), states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,190 @@
+"""The Bellman recursion in column coordinates: tensors in, policies out; no module, hook or autograd.
+
+Everything the recursion needs lies in the span of the ``N = R B`` pulled-back columns ``P`` (column ``(r, b)`` is
+zero outside sample ``b``), so it is algebra on their Gram matrix ``Gram = G' R^-1 G`` (``G``: the columns'
+parameter gradients), in float64. A stage's policy maps the state's deviation, seen as ``r = P' dx``, to the weights
+``beta`` on the columns' gradients in
+
+    du = -R^-1 [ G beta + Q_u's stage cost ]                 k: beta at r = 0;  K dx: the rest
+
+Columns are of two kinds: the first ``curved`` of each sample span the loss's curvature, a last one may carry the
+gradient alone.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import linalg
+from .errors import StepError
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """``beta(r)`` of one stage.
+
+    Args:
+        k_weights: those of the open-loop gain ``k``, ``[R, B]``.
+        predicted: ``-Q_u' k / 2``, the decrease of the batch's loss that the quadratic model expects of ``k``; the
+            stage cost's own decrease is left out.
+    """
+
+    k_weights: Tensor
+    predicted: Tensor
+
+    def weights(self, r: Tensor | None) -> Tensor:
+        """``beta [R, B]`` for ``r [R, B]``, or the open loop's for ``None``."""
+        return self.k_weights if r is None else self.k_weights + self.feedback(r)
+
+    @abstractmethod
+    def feedback(self, r: Tensor) -> Tensor:
+        """The part of the weights that ``K dx`` adds, ``[R, B]``."""
+
+
+class Value(ABC):
+    """The value function of the steps ahead, in column coordinates."""
+
+    @abstractmethod
+    def backward(self, gram: Tensor, d: Tensor | None, *, feedback: bool) -> tuple[Policy, "Value"]:
+        """One step of the recursion.
+
+        Args:
+            gram: ``G' R^-1 G``; ``[N, N]`` or, per sample, ``[B, R, R]`` (see :attr:`joint`).
+            d: ``G' R^-1`` times the stage cost's gradient, ``[R, B]``; ``None`` is zero.
+            feedback: ``False`` sets ``Q_ux = 0``: back-propagation of the value (Proposition 2).
+        """
+
+    @property
+    @abstractmethod
+    def joint(self) -> bool:
+        """Whether :meth:`backward` wants the whole Gram matrix."""
+
+    @property
+    @abstractmethod
+    def v_x(self) -> Tensor:
+        """``V_x`` of the batch's loss as weights on the columns, ``[R, B]``."""
+
+
+@dataclass(frozen=True)
+class BatchValue(Value):
+    """Of the joint state ``X = (x_1, ..., x_B)``: exact for one control that all samples share.
+
+    ``V_XX = P C P'`` and ``V_X = P a``, kept in information form because there the recursion is a sum:
+
+        C^-1 <- C^-1 + Gram           C^-1 a <- C^-1 a - d          beta = a + C r  (after the update)
+
+    Columns without curvature keep their weight: they act on the others as one more stage cost.
+
+    Args:
+        a: ``[R, B]``.
+        precision: ``C^-1 [n, n]`` of the ``n = curved * B`` columns with curvature.
+        information: ``C^-1 a [n]``.
+    """
+
+    a: Tensor
+    precision: Tensor
+    information: Tensor
+
+    @staticmethod
+    def terminal(a: Tensor, curved: int, weight: float) -> "BatchValue":
+        """Of the loss itself: ``V_X = w P a``, ``V_XX = w P P'`` on the curved columns, ``a [R, B]``."""
+        a = a.double()
+        eye = torch.eye(a[:curved].numel(), dtype=torch.float64, device=a.device)
+        return BatchValue(weight * a, eye / weight, a[:curved].flatten())
+
+    @property
+    def joint(self) -> bool:
+        return True
+
+    @property
+    def v_x(self) -> Tensor:
+        return self.a
+
+    def backward(self, gram: Tensor, d: Tensor | None, *, feedback: bool) -> tuple[Policy, "BatchValue"]:
+        n = len(self.information)
+        gram = linalg.symmetrise(gram.double())
+        straight = self.a.flatten()[n:]
+        precision = self.precision + gram[:n, :n]
+        information = self.information - gram[:n, n:] @ straight
+        if d is not None:
+            information = information - d.double().flatten()[:n]
+        factor, failures = linalg.cholesky(precision)
+        if factor is None:
+            raise StepError("the batch's curvature is not finite: the loss or a gradient is nan or inf")
+        curved = torch.cholesky_solve(information[:, None], factor).flatten()
+        beta = torch.cat([curved, straight])
+        change = gram @ beta if d is None else gram @ beta + d.double().flatten()
+        a = beta.view(self.a.shape)
+        policy = BatchPolicy(a, self.a.flatten() @ change / 2, factor, failures)
+        return policy, BatchValue(a, precision, information) if feedback else self
+
+
+@dataclass(frozen=True)
+class BatchPolicy(Policy):
+    """``beta = a + C r``; ``factor``: Cholesky factor of ``C^-1``, found after ``failures`` failed attempts."""
+
+    factor: Tensor
+    failures: int
+
+    def feedback(self, r: Tensor) -> Tensor:
+        n = len(self.factor)
+        curved = torch.cholesky_solve(r.double().flatten()[:n, None], self.factor).flatten()
+        return torch.cat([curved, curved.new_zeros(r.numel() - n)]).view(r.shape)
+
+
+@dataclass(frozen=True)
+class SampleValue(Value):
+    """Of every sample by itself: the paper's Algorithm 3 with outer products (Proposition 3), literal.
+
+    ``V_x = P a`` and ``V_xx = P C P'`` per sample, ``Q_uu = R`` (so ``Q_uu^-1 = lr M^-1``):
+
+        k = -R^-1 (G a + stage cost)     K = -R^-1 G C P'     a <- a - C (Gram a + d)     C <- C - C Gram C
+
+    Args:
+        a: ``[R, B]``.
+        C: ``[B, R, R]``.
+        weight: ``w``: the update is ``w`` times the sum (for a mean loss, the mean) of the samples' policies.
+    """
+
+    a: Tensor
+    C: Tensor
+    weight: float
+
+    @staticmethod
+    def terminal(a: Tensor, curved: int, weight: float) -> "SampleValue":
+        """Of the loss itself: ``V_x = P a``, ``V_xx = P P'`` on the curved columns, ``a [R, B]``."""
+        a = a.double()
+        C = torch.diag_embed((torch.arange(len(a), device=a.device) < curved).double()).repeat(a.shape[1], 1, 1)
+        return SampleValue(a, C, weight)
+
+    @property
+    def joint(self) -> bool:
+        return False
+
+    @property
+    def v_x(self) -> Tensor:
+        return self.weight * self.a
+
+    def backward(self, gram: Tensor, d: Tensor | None, *, feedback: bool) -> tuple[Policy, "SampleValue"]:
+        gram = gram.double()
+        change = torch.einsum("brq,qb->rb", gram, self.a)
+        if d is not None:
+            change = change + d.double()
+        policy = SamplePolicy(self.v_x, (self.v_x * change).sum() / 2, self.C, self.weight)
+        if not feedback:
+            return policy, self
+        a = self.a - torch.einsum("brq,qb->rb", self.C, change)
+        return policy, SampleValue(a, self.C - self.C @ gram @ self.C, self.weight)
+
+
+@dataclass(frozen=True)
+class SamplePolicy(Policy):
+    """``beta = w (a + C r)``."""
+
+    C: Tensor
+    weight: float
+
+    def feedback(self, r: Tensor) -> Tensor:
+        return self.weight * torch.einsum("brq,qb->rb", self.C, r.double())

@@ -1,0 +1,147 @@
+"""One whole step of the fast path against the dense reference, for every combination of options."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import CURVATURES, NETWORKS, Case
+from ddpnopt import DDPNOpt, Exact, Gradient, Matched, Sampled, reference
+from ddpnopt.curvature.base import Curvature
+from ddpnopt.layers import Block
+from ddpnopt.steps import Coupling
+from ddpnopt.terminal import Terminal, _hessian_factor
+
+LR = 0.3
+
+
+def own_loss(y: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(y[None], target[None])
+
+
+def terminals(criterion: nn.Module) -> dict[str, Terminal]:
+    return {
+        "gradient": Gradient(),
+        "matched": Matched(criterion, cap=0.5),
+        "exact": Exact(criterion),
+        "sampled": Sampled(criterion, columns=2, seed=3),
+    }
+
+
+def reference_terminal(name: str, case: Case, step: int) -> reference.Terminal:
+    with torch.no_grad():
+        output = case.model(case.x)
+    if name == "gradient":
+        return reference.gradient(own_loss, output, case.y)
+    if name == "matched":
+        return reference.matched(own_loss, output, case.y, cap=0.5)
+    if name == "exact":
+        return reference.exact(own_loss, output, case.y)
+    # the same random signs: Z = H^(1/2) signs with the same root of H
+    from ddpnopt.terminal import OutputLoss
+
+    output.requires_grad_()
+    loss = OutputLoss(nn.functional.cross_entropy(output, case.y), output, 1 / len(case.x), len(case.x))
+    factor = Sampled(nn.CrossEntropyLoss(), columns=2, seed=3).factor(loss, step).permute(1, 2, 0)
+    end = reference.exact(own_loss, output.detach(), case.y)
+    # E over signs of Z Z' = H is tested in test_terminal.py
+    assert _hessian_factor(loss).shape[:2] == factor.shape[:2]
+    return reference.Terminal(end.weight, end.gradient, factor)
+
+
+def blocks(optimizer: DDPNOpt) -> list[Block]:
+    return [block for layer in optimizer._network.layers for block in layer.blocks]
+
+
+def controls(optimizer: DDPNOpt) -> list[Tensor]:
+    return [block.matrix([p.detach().clone() for p in block.parameters]).flatten() for block in blocks(optimizer)]
+
+
+def frozen_R(optimizer: DDPNOpt, curvature: Curvature, decay: float, *, batch: bool) -> list[Tensor]:
+    found = []
+    for block in blocks(optimizer):
+        out, fan_in = block.matrix(block.parameters).shape
+        state = optimizer.state.get(block.parameters[0], {})
+        inverse = curvature.inverse(state, curvature.ridge(LR, decay, batch=batch))
+        found.append(inverse.to_dense(out, fan_in) / LR)
+    return found
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("terminal", ["gradient", "matched", "exact", "sampled"])
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("coupling", ["batch", "sample"])
+def test_one_step_is_the_dense_reference(
+    network: str, curvature: str, terminal: str, decay: float, feedback: bool, coupling: Coupling
+) -> None:
+    case, M = NETWORKS[network](), CURVATURES[curvature]
+    criterion = nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(
+        case.model,
+        LR,
+        curvature=M,
+        terminal=terminals(criterion)[terminal],
+        coupling=coupling,
+        feedback=feedback,
+        weight_decay=decay,
+    )
+    start = {name: p.detach().clone() for name, p in case.model.named_parameters()}
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(case.model(case.x), case.y).backward()
+        optimizer.step()
+
+    step()  # so that moving averages hold two different steps
+    case.model.load_state_dict(start)
+    before = controls(optimizer)
+    end = reference_terminal(terminal, case, step=1)
+    functions, _ = reference.stages_of(case.model, case.x)
+    step()
+    R = frozen_R(optimizer, M, decay, batch=coupling == "batch")
+    expected = reference.dense_step(
+        functions,
+        before,
+        case.x.flatten(1),
+        end,
+        R=R,
+        decay=[decay] * len(before),
+        coupling=coupling,
+        feedback=feedback,
+    )
+    for new, old, wanted in zip(controls(optimizer), before, expected.controls, strict=True):
+        assert (wanted - old).norm() > 1e-6
+        torch.testing.assert_close(new, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("coupling", ["batch", "sample"])
+def test_momentum_is_a_proximal_drift(coupling: Coupling) -> None:
+    case, M = NETWORKS["mlp"](), CURVATURES["identity"]
+    optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=coupling, momentum=0.7, weight_decay=0.1)
+    criterion = nn.CrossEntropyLoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(case.model(case.x), case.y).backward()
+        optimizer.step()
+
+    first = controls(optimizer)
+    step()
+    before = controls(optimizer)
+    drift = [0.7 * (new - old) for new, old in zip(before, first, strict=True)]
+    end = reference_terminal("gradient", case, step=1)
+    functions, _ = reference.stages_of(case.model, case.x)
+    step()
+    expected = reference.dense_step(
+        functions,
+        before,
+        case.x,
+        end,
+        R=frozen_R(optimizer, M, 0.1, batch=coupling == "batch"),
+        decay=[0.1] * 3,
+        drift=drift,
+        coupling=coupling,
+    )
+    for new, wanted in zip(controls(optimizer), expected.controls, strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-10, atol=1e-10)
