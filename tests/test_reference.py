@@ -496,7 +496,7 @@ def test_other_dtypes_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"factor is torch\.float32"):
         replace(end, factor=end.factor.float())
     with pytest.raises(TypeError, match=r"weight is torch\.float32"):
-        stages_of(nn.Sequential(nn.Linear(3, 2)), problem.x)
+        stages_of(nn.Sequential(nn.Linear(3, 2).float()), problem.x)
 
 
 def test_wrong_options_are_refused() -> None:

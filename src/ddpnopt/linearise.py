@@ -81,7 +81,7 @@ def linearise(
     batch = sum(p.batch for p in passes)
     weight = 1 / batch if terminal.reduction == "mean" else 1.0
     if isinstance(terminal, RankOne):
-        with recorder.muted():
+        with recorder.muted(), torch.enable_grad():
             scales = [_scale(p, terminal, loss) for p in passes]
         linearised = [Linearised(p, scale / weight) for p, scale in zip(passes, scales, strict=True)]
         return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
@@ -104,13 +104,12 @@ def _output_loss(recorded: Pass, terminal: Terminal, loss: Tensor | None) -> Out
     weight = 1 / recorded.batch if terminal.reduction == "mean" else 1.0
     if terminal.criterion is not None and recorded.criterion is not None:
         args, kwargs = recorded.criterion
-        with torch.enable_grad():
-            if args:
-                output = args[0].detach().requires_grad_()
-                value = terminal.criterion(output, *args[1:], **kwargs)
-            else:
-                output = kwargs["input"].detach().requires_grad_()
-                value = terminal.criterion(**{**kwargs, "input": output})
+        if args:
+            output = args[0].detach().requires_grad_()
+            value = terminal.criterion(output, *args[1:], **kwargs)
+        else:
+            output = kwargs["input"].detach().requires_grad_()
+            value = terminal.criterion(**{**kwargs, "input": output})
         return OutputLoss(value, output, weight, recorded.batch)
     if loss is not None and isinstance(recorded.output, Tensor):
         return OutputLoss(loss, recorded.output, weight, recorded.batch)

@@ -229,8 +229,9 @@ def dense_step(
 
         >>> one = torch.ones(1, 1, dtype=torch.float64)
         >>> end = exact(lambda y, target: (y - target).square().sum() / 2, one, 4 * one)
-        >>> dense_step([lambda u, x: x + u], [0 * one[0]], one, end, R=[one / 2], decay=[0.5]).controls
-        [tensor([2.], dtype=torch.float64)]
+        >>> step = dense_step([lambda u, x: x + u], [0 * one[0]], one, end, R=[one / 2], decay=[0.5])
+        >>> step.controls[0].tolist()
+        [2.0]
     """
     if coupling not in ("batch", "sample"):
         raise ValueError(f'coupling is {coupling!r}; it must be "batch" or "sample"')
@@ -275,8 +276,7 @@ def stages_of(model: nn.Sequential, x: Tensor) -> tuple[list[Function], list[Ten
         if list(module.parameters()) and list(nn.Sequential(*groups[-1]).parameters()):
             groups.append([])
         groups[-1].append(module)
-    functions: list[Function] = []
-    controls: list[Tensor] = []
+    functions, controls = list[Function](), list[Tensor]()
     for group in groups:
         stage = nn.Sequential(*group)
         parameters = dict(stage.named_parameters())
