@@ -36,7 +36,7 @@ def conv_net(batch: int = 4) -> Case:
     return Case(model, torch.randn(batch, 2, 6, 6), torch.randint(3, (batch,)))
 
 
-NETWORKS: dict[str, Callable[[], Case]] = {"mlp": mlp, "conv": conv_net}
+NETWORKS: dict[str, Callable[..., Case]] = {"mlp": mlp, "conv": conv_net}
 
 CURVATURES: dict[str, Curvature] = {
     "identity": Identity(),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inverse import Inverse, Rotated, Separable, times
+from .inverse import Inverse, Rotated, Separable, sandwich, times
 
 CHUNK = 1 << 23
 """Largest number of per-sample gradient entries formed at once in :meth:`OuterColumns.gram`."""
@@ -103,14 +103,13 @@ class DenseColumns(Columns):
         # E[g g'] = tr(A) S and E[g' g] = tr(S) A for g g' ~ S (x) A: one division by the root of the trace
         # E|g|^2 = tr(S) tr(A) shares the scale out evenly
         gradients = self.values.flatten(0, 1)
-        root = (self.values.square().sum() / self.batch).sqrt()
-        norm = self.batch * root.clamp_min(torch.finfo(root.dtype).tiny)
-        return second_moment(gradients.transpose(0, 1).flatten(1).mT) / norm, second_moment(
-            gradients.flatten(0, 1)
-        ) / norm
+        root = (gradients.square().sum() / self.batch).sqrt()
+        scale = torch.where(root == 0, 0.0, 1 / (self.batch * root))
+        by_out, by_fan_in = gradients.transpose(0, 1).flatten(1).mT, gradients.flatten(0, 1)
+        return second_moment(by_out) * scale, second_moment(by_fan_in) * scale
 
     def squares(self, out: Tensor | None, fan_in: Tensor | None) -> Tensor:
-        return times(times(self.values, fan_in).mT, out).mT.square().sum((0, 1)) / self.batch
+        return sandwich(out, self.values, fan_in).square().sum(0).mean(0)
 
     def combined(self, weights: Tensor) -> "DenseColumns":
         return DenseColumns((weights.to(self.values.dtype)[..., None, None] * self.values).sum(0, keepdim=True))
@@ -200,10 +199,10 @@ class OuterColumns(Columns):
         return s, second_moment(self.x.flatten(0, 1)) / self.batch
 
     def squares(self, out: Tensor | None, fan_in: Tensor | None) -> Tensor:
+        v, x = times(self.v, out), times(self.x, fan_in)
         if self.positions > 1:
-            return self.dense().squares(out, fan_in)
-        v, x = times(self.v[:, :, 0], out).square().sum(0), times(self.x[:, 0], fan_in).square()
-        return v.mT @ x / self.batch
+            return (v.mT @ x).square().sum(0).mean(0)
+        return v[:, :, 0].square().sum(0).mT @ x[:, 0].square() / self.batch
 
     def combined(self, weights: Tensor) -> "OuterColumns":
         return OuterColumns((weights.to(self.v.dtype)[..., None, None] * self.v).sum(0, keepdim=True), self.x)

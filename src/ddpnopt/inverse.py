@@ -19,6 +19,13 @@ def times(values: Tensor, side: Tensor | None) -> Tensor:
     return values * side if side.ndim == 1 else values @ side
 
 
+def sandwich(out: Tensor | None, values: Tensor, fan_in: Tensor | None) -> Tensor:
+    """``out' values fan_in`` for ``values [..., out, fan_in]``; sides as in :func:`times`."""
+    if out is not None:
+        values = out[:, None] * values if out.ndim == 1 else out.mT @ values
+    return times(values, fan_in)
+
+
 class Inverse(ABC):
     """The inverse of a curvature, damping included, without the learning rate: ``lr * M^-1`` is ``R^-1``."""
 
@@ -48,7 +55,7 @@ class Separable(Inverse):
     scale: float = 1.0
 
     def solve(self, gradient: Tensor) -> Tensor:
-        solved = times(times(gradient, self.fan_in).mT, self.out).mT
+        solved = sandwich(self.out, gradient, self.fan_in)
         return solved if self.scale == 1.0 else solved * self.scale
 
     def _in_float64(self) -> "Separable":
@@ -66,12 +73,12 @@ class Rotated(Inverse):
 
     def rotate(self, gradient: Tensor) -> Tensor:
         """``Q_S' g Q_A`` for gradients ``[..., out, fan_in]``."""
-        return times(times(gradient, self.fan_in).mT, self.out).mT
+        return sandwich(self.out, gradient, self.fan_in)
 
     def solve(self, gradient: Tensor) -> Tensor:
         solved = self.rotate(gradient) / self.diagonal
         back_in, back_out = (None if side is None else side.mT for side in (self.fan_in, self.out))
-        return times(times(solved, back_in).mT, back_out).mT
+        return sandwich(back_out, solved, back_in)
 
     def accumulate_(self, target: Tensor, gradient: Tensor, alpha: float) -> Tensor:
         if self.out is None and self.fan_in is None:

@@ -79,11 +79,12 @@ def linearise(
         StepError: if the terminal needs the loss at the output and no criterion was called on the model's output.
     """
     batch = sum(p.batch for p in passes)
-    weight = 1 / batch if terminal.reduction == "mean" else 1.0
+    per_weight = float(batch) if terminal.reduction == "mean" else 1.0
+    weight = 1 / per_weight
     if isinstance(terminal, RankOne):
         with recorder.muted(), torch.enable_grad():
             scales = [_scale(p, terminal, loss) for p in passes]
-        linearised = [Linearised(p, scale / weight) for p, scale in zip(passes, scales, strict=True)]
+        linearised = [Linearised(p, scale * per_weight) for p, scale in zip(passes, scales, strict=True)]
         return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
     assert isinstance(terminal, Factored)
     pulled = [_pulled(p, terminal, recorder, loss, step) for p in passes]

@@ -117,11 +117,12 @@ def open_loop(task: Task) -> Outcome:
         control = _wide(matrix_of(block, block.parameters).clone())
         if decay:
             gradient = gradient.add(control, alpha=decay)
-        own_columns = columns.get(block.parameters[0], DenseColumns(gradient[None, None]))
-        ridge = task.curvature.ridge(lr, decay, batch=False)
+        own = columns.get(block.parameters[0])
+        curvature = task.curvature if own is not None else task.curvature.without_factors()
+        ridge = curvature.ridge(lr, decay, batch=False)
         q_u = gradient
-        state = task.curvature.advance(state, own_columns, lambda q_u=q_u: q_u, ridge)  # type: ignore[misc]
-        inverse = task.curvature.inverse(state, ridge)
+        state = curvature.advance(state, own, lambda q_u=q_u: q_u, ridge)  # type: ignore[misc]
+        inverse = curvature.inverse(state, ridge)
         if momentum:
             velocity = torch.zeros_like(gradient) if velocity is None else velocity * momentum
             state = {**state, VELOCITY: inverse.accumulate_(velocity, gradient, 1.0)}
@@ -219,7 +220,7 @@ def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) ->
     one = torch.ones(1, 1, dtype=torch.float64, device=gradient.device)
     terms = _terms(task, block, DenseColumns(gradient[None, None]))
     value = _value(task.coupling, one, 1, 1.0)
-    (policy,) = backward_pass([[terms]], value, task.curvature, 1, feedback=task.feedback)
+    (policy,) = backward_pass([[terms]], value, task.curvature.without_factors(), 1, feedback=task.feedback)
     (part,) = policy.blocks
     control, velocity = part.move(policy.policy.k_weights)
     _write(block, control)

@@ -45,6 +45,10 @@ class Curvature(ABC):
     def inverse(self, state: State, ridge: float) -> Inverse:
         """``(M + ridge)^-1`` in the curvature's own form of damping."""
 
+    def without_factors(self) -> "Curvature":
+        """The curvature for a parameter whose only column is the whole batch's gradient: itself, if it can be one."""
+        return self
+
     @property
     @abstractmethod
     def needs_columns(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import linalg
 from ..columns import Columns
 from ..inverse import Inverse, Rotated
+from .adaptive import Adaptive
 from .base import Curvature, State, check_beta, check_damping, check_refresh
 from .kronecker import averaged
 
@@ -53,9 +54,8 @@ class EigenKronecker(Curvature):
         if (new["step"] - 1) % self.refresh_every == 0:
             new = self._refreshed(new)
         squares = columns.squares(new.get("S_basis"), new.get("A_basis"))
-        weight = 1 - min(self.beta, 1 - 1 / new["step"])
-        new["E"] = new["E"].lerp(squares, weight) if "E" in new else squares
-        return new
+        past = min(self.beta, 1 - 1 / new["step"])
+        return {**new, "E": past * new["E"] + (1 - past) * squares if "E" in new else squares}
 
     def _refreshed(self, state: State) -> State:
         bases: State = {}
@@ -71,6 +71,10 @@ class EigenKronecker(Curvature):
 
     def inverse(self, state: State, ridge: float) -> Inverse:
         return Rotated(state["E"] + ridge, state.get("S_basis"), state.get("A_basis"))
+
+    def without_factors(self) -> Curvature:
+        # one gradient makes factors of rank one, blind in all other directions: a diagonal serves
+        return Adaptive(damping=self.damping)
 
     @property
     def needs_columns(self) -> bool:

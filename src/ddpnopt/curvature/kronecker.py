@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import linalg
 from ..columns import Columns
 from ..inverse import Inverse, Separable
+from .adaptive import Adaptive
 from .base import Curvature, State, check_beta, check_damping, check_refresh
 
 STALE = 1.1
@@ -19,9 +20,9 @@ STALE = 1.1
 def averaged(state: State, columns: Columns, beta: float) -> State:
     """Step count and moving averages of the factors ``S`` and ``A``; weight of the past ``min(beta, 1 - 1/t)``."""
     step = state.get("step", 0) + 1
-    weight = 1 - min(beta, 1 - 1 / step)
-    factors = dict(zip(("S", "A"), columns.factors(), strict=True))
-    moments = {name: state[name].lerp(new, weight) if name in state else new for name, new in factors.items()}
+    past = min(beta, 1 - 1 / step)
+    factors = zip(("S", "A"), columns.factors(), strict=True)
+    moments = {name: past * state[name] + (1 - past) * new if name in state else new for name, new in factors}
     return {**state, "step": step, **moments}
 
 
@@ -93,6 +94,10 @@ class Kronecker(Curvature):
 
     def inverse(self, state: State, ridge: float) -> Inverse:
         return Separable(state["S_inverse"], state["A_inverse"])
+
+    def without_factors(self) -> Curvature:
+        # one gradient makes factors of rank one, blind in all other directions: a diagonal serves
+        return Adaptive(damping=self.damping)
 
     @property
     def needs_columns(self) -> bool:

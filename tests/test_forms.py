@@ -1,0 +1,246 @@
+"""The three ways to call step, resuming, and what a state_dict holds."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CURVATURES, NETWORKS, Case
+from torch import Tensor, nn
+
+from ddpnopt import DDPNOpt, Exact, Gradient, Identity, Kronecker, Matched, Sampled
+from ddpnopt.terminal import Terminal
+
+Loss = nn.Module
+
+
+def backward_then_step(optimizer: DDPNOpt, case: Case, criterion: Loss) -> Any:
+    optimizer.zero_grad()
+    criterion(case.model(case.x), case.y).backward()
+    return optimizer.step()
+
+
+def closure_with_backward(optimizer: DDPNOpt, case: Case, criterion: Loss) -> Any:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = criterion(case.model(case.x), case.y)
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure)
+
+
+def closure_with_loss(optimizer: DDPNOpt, case: Case, criterion: Loss) -> Any:
+    return optimizer.step(lambda: criterion(case.model(case.x), case.y))
+
+
+FORMS = [backward_then_step, closure_with_backward, closure_with_loss]
+TERMINALS: dict[str, Callable[[Loss], Terminal]] = {
+    "gradient": lambda _: Gradient(),
+    "matched": Matched,
+    "exact": Exact,
+    "sampled": lambda criterion: Sampled(criterion, columns=2),
+}
+
+
+def trained(form: Callable[..., Any], terminal: str, network: str = "mlp", steps: int = 20, **settings: Any) -> list[Tensor]:
+    torch.manual_seed(5)
+    case, criterion = NETWORKS[network](), nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(case.model, terminal=TERMINALS[terminal](criterion), **settings)
+    for _ in range(steps):
+        form(optimizer, case, criterion)
+    return [p.detach() for p in case.model.parameters()]
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("coupling", ["batch", "sample"])
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_three_forms_give_the_same_bits(terminal: str, coupling: str, feedback: bool, dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    settings = {"coupling": coupling, "feedback": feedback, "lr": 0.1 if coupling == "batch" else 1e-3}
+    first, *others = [trained(form, terminal, **settings) for form in FORMS]
+    for other in others:
+        for new, wanted in zip(other, first, strict=True):
+            assert torch.equal(new, wanted)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_three_forms_agree_on_convolutions(curvature: str) -> None:
+    settings = {"curvature": CURVATURES[curvature], "momentum": 0.5, "weight_decay": 0.01}
+    first, *others = [trained(form, "gradient", "conv", **settings) for form in FORMS]
+    for other in others:
+        for new, wanted in zip(other, first, strict=True):
+            assert torch.equal(new, wanted)
+
+
+def test_a_closure_that_returns_the_loss_needs_no_criterion_and_forms_no_gradients() -> None:
+    with_criterion = trained(closure_with_loss, "matched")
+    case = NETWORKS["mlp"]()
+    torch.manual_seed(5)
+    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(case.model, terminal=Matched())
+    losses = [float(closure_with_loss(optimizer, case, criterion).detach()) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert all(p.grad is None for p in case.model.parameters())
+    for new, wanted in zip(case.model.parameters(), with_criterion, strict=True):
+        torch.testing.assert_close(new.detach(), wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+def test_sum_and_mean_agree(terminal: str) -> None:
+    """A sum over B samples is B times the mean: one B times smaller lr for the same R, decay and damping apart."""
+
+    def weights(reduction: str, lr: float) -> list[Tensor]:
+        torch.manual_seed(5)
+        case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss(reduction=reduction)
+        end = Gradient(reduction) if terminal == "gradient" else TERMINALS[terminal](criterion)  # type: ignore[arg-type]
+        optimizer = DDPNOpt(case.model, lr, terminal=end, curvature=Identity())
+        for _ in range(5):
+            backward_then_step(optimizer, case, criterion)
+        return [p.detach() for p in case.model.parameters()]
+
+    for new, wanted in zip(weights("sum", 0.1), weights("mean", 0.5), strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("coupling", ["batch", "sample"])
+def test_resume_is_bit_exact(curvature: str, coupling: Any, tmp_path: Path) -> None:
+    def fresh() -> tuple[Case, DDPNOpt, torch.optim.lr_scheduler.StepLR, Loss]:
+        torch.manual_seed(5)
+        case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+        optimizer = DDPNOpt(
+            case.model,
+            1e-2,
+            curvature=CURVATURES[curvature],
+            terminal=Sampled(criterion, columns=2),
+            coupling=coupling,
+            momentum=0.5,
+            weight_decay=0.01,
+        )
+        return case, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5), criterion
+
+    case, optimizer, scheduler, criterion = fresh()
+    for step in range(12):
+        backward_then_step(optimizer, case, criterion)
+        scheduler.step()
+        if step == 6:
+            saved = {"m": case.model.state_dict(), "o": optimizer.state_dict(), "s": scheduler.state_dict()}
+            torch.save(saved, tmp_path / "checkpoint.pt")
+    expected = [p.detach() for p in case.model.parameters()]
+
+    case, optimizer, scheduler, criterion = fresh()
+    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    case.model.load_state_dict(loaded["m"])
+    optimizer.load_state_dict(loaded["o"])
+    scheduler.load_state_dict(loaded["s"])
+    for _ in range(5):
+        backward_then_step(optimizer, case, criterion)
+        scheduler.step()
+    for new, wanted in zip(case.model.parameters(), expected, strict=True):
+        assert torch.equal(new, wanted)
+
+
+def test_state_keeps_float32_for_half_precision_weights() -> None:
+    torch.set_default_dtype(torch.float32)
+    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+    case = Case(case.model.bfloat16(), case.x.bfloat16(), case.y)
+    optimizer = DDPNOpt(case.model)
+    backward_then_step(optimizer, case, criterion)
+    assert all(p.dtype == torch.bfloat16 for p in case.model.parameters())
+    again = DDPNOpt(case.model)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for parameter, state in optimizer.state.items():
+        assert state["S"].dtype == torch.float32
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(again.state[parameter][name]), torch.as_tensor(value))
+            assert torch.as_tensor(again.state[parameter][name]).dtype == torch.as_tensor(value).dtype
+
+
+def test_schedulers_and_groups_reach_the_step() -> None:
+    def weights(lrs: list[float], scheduled: bool) -> list[Tensor]:
+        torch.manual_seed(5)
+        case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+        optimizer = DDPNOpt(case.model, lrs[0], curvature=Identity())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: lrs[t] / lrs[0]) if scheduled else None
+        for lr in lrs[:-1]:
+            if scheduler is None:
+                optimizer.param_groups[0]["lr"] = lr
+            backward_then_step(optimizer, case, criterion)
+            if scheduler is not None:
+                scheduler.step()
+        return [p.detach() for p in case.model.parameters()]
+
+    by_hand, by_scheduler = weights([1.0, 0.5, 0.25, 0.1], False), weights([1.0, 0.5, 0.25, 0.1], True)
+    constant = weights([1.0] * 4, False)
+    for new, wanted, other in zip(by_scheduler, by_hand, constant, strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-12, atol=1e-12)
+        assert not torch.equal(new, other)
+
+
+def test_inverses_follow_a_changed_lr() -> None:
+    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(case.model, 0.1, curvature=Kronecker(refresh_every=1000))
+    backward_then_step(optimizer, case, criterion)
+    optimizer.param_groups[0]["lr"] = 1.0
+    backward_then_step(optimizer, case, criterion)
+    assert all(state["ridge"] == pytest.approx(0.03) for state in optimizer.state.values())
+
+
+def test_two_groups_with_equal_settings_are_one() -> None:
+    def weights(split: bool) -> list[Tensor]:
+        torch.manual_seed(5)
+        case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+        optimizer = DDPNOpt(case.model, curvature=Identity())
+        if split:
+            *kept, bias = optimizer.param_groups[0]["params"]
+            optimizer.param_groups[0]["params"] = kept
+            optimizer.add_param_group({"params": [bias]})
+        for _ in range(5):
+            backward_then_step(optimizer, case, criterion)
+        return [p.detach() for p in case.model.parameters()]
+
+    for new, wanted in zip(weights(True), weights(False), strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_accumulated_micro_batches_are_the_batch() -> None:
+    def weights(parts: int) -> list[Tensor]:
+        torch.manual_seed(5)
+        case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+        x, y = torch.randn(12, 4), torch.randint(3, (12,))
+        optimizer = DDPNOpt(case.model, 1.0)
+        for _ in range(5):
+            optimizer.zero_grad()
+            for part_x, part_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                (criterion(case.model(part_x), part_y) / parts).backward()
+            optimizer.step()
+        return [p.detach() for p in case.model.parameters()]
+
+    for new, wanted in zip(weights(3), weights(1), strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_copies_and_pickles_train_on_without_touching_the_original() -> None:
+    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(case.model)
+    backward_then_step(optimizer, case, criterion)
+    ema = copy.deepcopy(case.model)
+    criterion(ema(case.x), case.y).backward()
+    with pytest.raises(ValueError, match="no gradient"):
+        optimizer.zero_grad()
+        optimizer.step()
+    buffer = io.BytesIO()
+    torch.save(case.model, buffer)
+    twin: DDPNOpt = pickle.loads(pickle.dumps(optimizer))
+    assert twin.model is not None
+    twin_case = Case(twin.model, case.x, case.y)  # type: ignore[arg-type]
+    backward_then_step(twin, twin_case, criterion)
+    backward_then_step(optimizer, case, criterion)
+    for new, wanted in zip(twin.model.parameters(), case.model.parameters(), strict=True):
+        assert torch.equal(new, wanted)
