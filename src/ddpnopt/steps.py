@@ -106,8 +106,7 @@ def open_loop(task: Task) -> Outcome:
     if task.curvature.needs_columns and task.passes and task.recorder is not None:
         linearised, _ = linearise(task.passes, Gradient(task.terminal.reduction), task.recorder, None, task.number)
         for layer in task.network.layers:
-            own = _read(layer, linearised, outcome)
-            columns |= {block.parameters[0]: c for block, c in zip(layer.blocks, own, strict=False)}
+            columns |= {block.parameters[0]: c for block, c in _read(task, layer, linearised, outcome)}
     for block in task.blocks():
         gradient = task.gradient(block)
         if gradient is None:
@@ -190,24 +189,29 @@ def _blocks_by_stage(
     for stage in ran:
         pairs = []
         for index in stage.layers:
-            layer = task.network.layers[index]
-            pairs += list(zip(layer.blocks, _read(layer, linearised, outcome), strict=False))
+            pairs += _read(task, task.network.layers[index], linearised, outcome)
         if pairs:
             found[stage] = pairs
     return found
 
 
-def _read(layer: Layer, linearised: Sequence[Linearised], outcome: Outcome) -> list[Columns]:
-    """Columns of each of the layer's blocks; none if no gradient reached it or its rule fails."""
-    if layer.rule.name != "generic":
-        return columns_of(layer, linearised) or []
-    try:
-        return columns_of(layer, linearised) or []
-    except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
-        reason = f"the generic rule failed ({type(error).__name__}): one update from the whole batch's gradient"
-        warnings.warn(f"{layer.name or 'the model'}, {type(layer.module).__name__}: {reason}", stacklevel=2)
-        outcome.refused[layer.name] = reason
-        return []
+def _read(
+    task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: Outcome
+) -> list[tuple[Block, Columns]]:
+    """The layer's blocks with their columns; none if no gradient reached it or its rule fails."""
+    assert task.recorder is not None
+    with task.recorder.paused():
+        if layer.rule.name != "generic":
+            return list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
+        try:
+            pairs = list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
+        except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
+            reason = f"the generic rule failed ({type(error).__name__}): one update from the whole batch's gradient"
+            warnings.warn(f"{layer.name or 'the model'}, {type(layer.module).__name__}: {reason}", stacklevel=2)
+            outcome.refused[layer.name] = reason
+            return []
+    # a module need not use every parameter it has; one that got no gradient stays, as in torch
+    return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
 
 
 def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:

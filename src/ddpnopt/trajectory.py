@@ -95,6 +95,7 @@ class Recorder:
         self._current: Pass | None = None
         self._keeping = False
         self._muted = False
+        self._paused = False
         self._before_stage: BeforeStage | None = None
         self._unreached: int | None = None
         self._handles = self._attach(layers, stages, criterion)
@@ -140,6 +141,15 @@ class Recorder:
             yield
         finally:
             self._muted = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing: layer rules may call modules by themselves."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def replay(self, recorded: Pass, before_stage: BeforeStage) -> Any:
         """Run the model again on a pass's inputs, same dropout masks, buffers restored; returns its output.
@@ -198,7 +208,7 @@ class Recorder:
         return handles
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._before_stage is not None or not torch.is_grad_enabled():
+        if self._paused or self._before_stage is not None or not torch.is_grad_enabled():
             return
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         device = tensors[0].device.type if tensors else "cpu"
@@ -210,6 +220,8 @@ class Recorder:
             self._unreached = batch
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._paused:
+            return
         ended, self._current = self._current, None
         if ended is None:
             return
@@ -219,6 +231,8 @@ class Recorder:
             ended.output = output
 
     def _visit(self, stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused:
+            return
         if self._before_stage is not None:
             self._before_stage(stage, _floating((args, kwargs)))
         elif self._current is not None and stage not in self._current.visits and torch.is_grad_enabled():
@@ -228,7 +242,7 @@ class Recorder:
             self._tap(self._current, inputs, visit.cotangents)
 
     def _ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._current is None or self._before_stage is not None or not torch.is_grad_enabled():
+        if self._paused or self._current is None or self._before_stage is not None or not torch.is_grad_enabled():
             return
         outputs = _floating(output)
         misfit = any(out.ndim < 1 or len(out) != self._current.batch for out in outputs)
