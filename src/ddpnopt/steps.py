@@ -206,7 +206,7 @@ def _read(
         try:
             pairs = list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
         except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
-            reason = f"the generic rule failed ({type(error).__name__}): one update from the whole batch's gradient"
+            reason = f"the generic rule failed ({error}): one update from the whole batch's gradient"
             warnings.warn(f"{layer.name or 'the model'}, {type(layer.module).__name__}: {reason}", stacklevel=2)
             outcome.refused[layer.name] = reason
             return []

@@ -1,5 +1,6 @@
 """The paper's rivals, with the calling convention of ``torch.optim``."""
 
 from ddpnopt.baselines.ekfac import EKFAC
+from ddpnopt.baselines.emsa import EMSA
 
-__all__ = ["EKFAC"]
+__all__ = ["EKFAC", "EMSA"]

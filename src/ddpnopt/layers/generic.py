@@ -1,7 +1,6 @@
 """Any other module: the gradients of its own parameters by a functional vjp over samples."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.utils import _pytree as pytree
 from ..columns import Columns, DenseColumns
 from .base import Block, Call, LayerRule
 
-Tree = Any
+Parameters = dict[str, Tensor]
 
 
 class GenericRule(LayerRule):
@@ -33,29 +32,67 @@ class GenericRule(LayerRule):
         ]
 
 
-def per_sample_gradients(module: nn.Module, parameters: dict[str, Tensor], call: Call) -> dict[str, Tensor]:
-    """Gradients ``[R, B, *shape]`` of ``parameters`` (of ``module``'s own, by name) for every column and sample."""
+def per_sample_gradients(module: nn.Module, parameters: Parameters, call: Call) -> Parameters:
+    """Gradients ``[R, B, *shape]`` of ``parameters`` (of ``module``'s own, by name) for every column and sample.
+
+    Vectorised where torch's vmap gets the module right, sample by sample where it does not. The sum over samples
+    is compared with the whole batch's own gradient, so what comes back is right.
+
+    Raises:
+        RuntimeError: if the module mixes its samples, so that no gradient belongs to one of them.
+    """
     used = [i for i, cotangent in enumerate(call.cotangents) if cotangent is not None]
     cotangents = [c for c in call.cotangents if c is not None]
-    batch = cotangents[0].shape[1]
+    columns, batch = cotangents[0].shape[:2]
     leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
     batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch for leaf in leaves]
-    samples = [leaf for leaf, per_sample in zip(leaves, batched, strict=True) if per_sample]
+    inputs = [leaf for leaf, per_sample in zip(leaves, batched, strict=True) if per_sample]
 
-    def outputs(parameters: dict[str, Tensor], sample: list[Tensor]) -> list[Tensor]:
-        own = iter(sample)
-        filled = [next(own)[None] if per_sample else leaf for leaf, per_sample in zip(leaves, batched, strict=True)]
+    def outputs(parameters: Parameters, rows: list[Tensor]) -> list[Tensor]:
+        own = iter(rows)
+        filled = [next(own) if per_sample else leaf for leaf, per_sample in zip(leaves, batched, strict=True)]
         args, kwargs = pytree.tree_unflatten(filled, spec)
         with torch.enable_grad():
             out = torch.func.functional_call(module, parameters, args, kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return [tensors[i][0] for i in used]
+        return [tensors[i] for i in used]
 
-    def pulled(sample: list[Tensor], columns: list[Tensor]) -> dict[str, Tensor]:
-        _, vjp = torch.func.vjp(lambda p: outputs(p, sample), parameters)
-        result: dict[str, Tensor] = torch.func.vmap(lambda c: vjp(c)[0])(columns)
-        return result
+    def pulled(rows: list[Tensor], v: list[Tensor]) -> Parameters:
+        """The gradients ``[*shape]`` of one column ``v [b, ...]`` summed over the ``b`` samples of ``rows``."""
+        _, vjp, *_ = torch.func.vjp(lambda p: outputs(p, rows), parameters)
+        gradients: Parameters = vjp(v)[0]
+        return gradients
 
-    per_sample = torch.func.vmap(pulled, in_dims=(0, 1), out_dims=1, randomness="same")
-    result: dict[str, Tensor] = per_sample(samples, cotangents)
-    return result
+    def alone(rows: list[Tensor], v: list[Tensor]) -> Parameters:
+        return pulled([row[None] for row in rows], [c[None] for c in v])
+
+    def vectorised() -> Parameters:
+        by_sample = torch.func.vmap(alone, randomness="same")
+        gradients: Parameters = torch.func.vmap(by_sample, in_dims=(None, 0), randomness="same")(inputs, cotangents)
+        return gradients
+
+    def looped() -> Parameters:
+        each = [
+            alone([x[b] for x in inputs], [c[r, b] for c in cotangents]) for r in range(columns) for b in range(batch)
+        ]
+        stacked = {name: torch.stack([one[name] for one in each]) for name in parameters}
+        return {name: values.view(columns, batch, *values.shape[1:]) for name, values in stacked.items()}
+
+    whole = [pulled(inputs, [c[r] for c in cotangents]) for r in range(columns)]
+    for attempt in (vectorised, looped):
+        try:
+            gradients = attempt()
+        except RuntimeError:  # vmap refuses modules in ways of its own; what the loop refuses is not for columns
+            if attempt is looped:
+                raise
+            continue
+        if all(_adds_up(gradients[name], torch.stack([one[name] for one in whole])) for name in parameters):
+            return gradients
+    raise RuntimeError("it mixes the samples of a batch")
+
+
+def _adds_up(gradients: Tensor, whole: Tensor) -> bool:
+    if gradients.shape[0] != whole.shape[0] or gradients.shape[2:] != whole.shape[1:]:
+        return False
+    scale = gradients.norm().clamp_min(torch.finfo(whole.dtype).tiny)
+    return bool((gradients.sum(1) - whole).norm() <= whole.numel() * torch.finfo(whole.dtype).eps**0.75 * scale)

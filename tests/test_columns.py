@@ -1,0 +1,125 @@
+"""Columns: the two forms agree, directional is the adjoint of weighted, and every curvature's algebra is dense algebra."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ddpnopt.columns import Columns, DenseColumns, OuterColumns, over_batches, over_uses
+from ddpnopt.inverse import Inverse, Rotated, Separable
+
+SHAPES = [(1, 4, 1), (3, 4, 1), (1, 4, 5), (2, 3, 2), (1, 12, 2)]  # R, B, S
+OUT, FAN_IN = 3, 6
+
+
+def outer(R: int, B: int, S: int) -> OuterColumns:
+    return OuterColumns(torch.randn(R, B, S, OUT), torch.randn(B, S, FAN_IN))
+
+
+def spd(n: int) -> Tensor:
+    root = torch.randn(n, n)
+    return root @ root.T + torch.eye(n)
+
+
+def inverses() -> dict[str, Inverse]:
+    torch.manual_seed(7)
+    basis_out, basis_in = torch.linalg.qr(spd(OUT))[0], torch.linalg.qr(spd(FAN_IN))[0]
+    return {
+        "identity": Separable(),
+        "scaled": Separable(scale=0.3),
+        "separable": Separable(spd(OUT), spd(FAN_IN)),
+        "one diagonal side": Separable(torch.rand(OUT) + 0.1, spd(FAN_IN), 2.0),
+        "diagonal": Rotated(torch.rand(OUT, FAN_IN) + 0.1),
+        "rotated": Rotated(torch.rand(OUT, FAN_IN) + 0.1, basis_out, basis_in),
+        "half rotated": Rotated(torch.rand(OUT, FAN_IN) + 0.1, None, basis_in),
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", inverses())
+def test_answers_are_dense_algebra(shape: tuple[int, int, int], kind: str) -> None:
+    R, B, S = shape
+    columns, inverse = outer(R, B, S), inverses()[kind]
+    U = torch.einsum("rbso,bsi->rboi", columns.v, columns.x).reshape(R * B, -1)
+    M_inverse = torch.linalg.inv(inverse.to_dense(OUT, FAN_IN))
+    w, g = torch.randn(R, B), torch.randn(OUT, FAN_IN)
+    blocks = (U @ M_inverse @ U.T).view(R, B, R, B).diagonal(dim1=1, dim2=3).permute(2, 0, 1)
+    forms: list[Columns] = [columns, columns.dense()]
+    for form in forms:
+        close = torch.testing.assert_close
+        close(form.weighted(w).flatten(), U.T @ w.flatten())
+        close(form.directional(g).flatten(), U @ g.flatten())
+        close((form.weighted(w) * g).sum(), (w * form.directional(g)).sum())
+        close(form.gram(inverse), U @ M_inverse @ U.T)
+        close(form.sample_gram(inverse), blocks)
+        close(form.solve_weighted(inverse, w).flatten(), M_inverse @ U.T @ w.flatten())
+        close(form.combined(w).weighted(torch.ones(1, B)), form.weighted(w))
+        close(form.first(1).directional(g), form.directional(g)[:1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_squares_are_second_moments_in_the_basis(shape: tuple[int, int, int]) -> None:
+    columns = outer(*shape)
+    out, fan_in = torch.linalg.qr(spd(OUT))[0], torch.linalg.qr(spd(FAN_IN))[0]
+    expected = (out.T @ columns.dense().values @ fan_in).square().sum((0, 1)) / columns.batch
+    torch.testing.assert_close(columns.squares(out, fan_in), expected)
+    torch.testing.assert_close(columns.dense().squares(out, fan_in), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_carry_the_trace(shape: tuple[int, int, int]) -> None:
+    columns = outer(*shape)
+    S, A = columns.dense().factors()
+    torch.testing.assert_close(S.trace() * A.trace(), columns.dense().values.square().sum() / columns.batch)
+    S, A = columns.factors()
+    if shape[2] == 1:
+        torch.testing.assert_close(S, torch.einsum("rbso,rbsp->op", columns.v, columns.v) / columns.batch)
+    torch.testing.assert_close(A, torch.einsum("bsi,bsj->ij", columns.x, columns.x) / columns.batch)
+
+
+def test_a_wide_side_keeps_its_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = outer(1, 4, 1)
+    full = columns.factors()
+    monkeypatch.setattr("ddpnopt.columns.WIDEST", 4)
+    S, A = columns.factors()
+    torch.testing.assert_close(S, full[0])
+    torch.testing.assert_close(A, full[1].diagonal())
+
+
+def test_chunks_do_not_change_the_gram(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns, inverse = outer(2, 4, 1), inverses()["rotated"]
+    whole = columns.gram(inverse)
+    monkeypatch.setattr("ddpnopt.columns.CHUNK", 1)
+    torch.testing.assert_close(columns.gram(inverse), whole)
+
+
+def test_uses_add_up_and_batches_stand_side_by_side() -> None:
+    one, other, g = outer(2, 4, 1), outer(2, 4, 3), torch.randn(OUT, FAN_IN)
+    for pair in ((one, other), (one.dense(), other)):
+        torch.testing.assert_close(over_uses(pair).directional(g), one.directional(g) + other.directional(g))
+        both = torch.cat([one.directional(g), other.directional(g)], 1)
+        torch.testing.assert_close(over_batches(pair).directional(g), both)
+    assert over_uses([one]) is one
+    assert over_batches([one]) is one
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    R=st.integers(1, 3), B=st.integers(1, 9), S=st.integers(1, 4), out=st.integers(1, 5), fan_in=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_gram_is_symmetric_and_positive_for_any_shape(R: int, B: int, S: int, out: int, fan_in: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    columns = OuterColumns(torch.randn(R, B, S, out), torch.randn(B, S, fan_in))
+    for inverse in (Separable(spd(out), spd(fan_in)), Rotated(torch.rand(out, fan_in) + 0.1)):
+        gram = columns.gram(inverse)
+        torch.testing.assert_close(gram, columns.dense().gram(inverse))
+        torch.testing.assert_close(gram, gram.T)
+        assert torch.linalg.eigvalsh(gram)[0] > -1e-9 * gram.norm()
+
+
+def test_dense_columns_of_one_sample() -> None:
+    values = torch.randn(1, 1, OUT, FAN_IN)
+    gram = DenseColumns(values).gram(Separable())
+    torch.testing.assert_close(gram, values.square().sum().view(1, 1))

@@ -1,0 +1,251 @@
+"""Every fast layer rule against the generic one, and that against single samples through autograd."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ddpnopt import DDPNOpt, Identity
+from ddpnopt.columns import Columns, OuterColumns
+from ddpnopt.layers import Block, Call, rule_for
+from ddpnopt.layers.base import LayerRule
+from ddpnopt.layers.generic import GenericRule
+
+Make = Callable[[], tuple[nn.Module, Tensor]]
+
+FAST: dict[str, Make] = {
+    "linear": lambda: (nn.Linear(4, 3), torch.randn(5, 4)),
+    "linear without bias": lambda: (nn.Linear(4, 3, bias=False), torch.randn(5, 4)),
+    "linear over positions": lambda: (nn.Linear(4, 3), torch.randn(5, 6, 4)),
+    "linear over two dimensions": lambda: (nn.Linear(4, 3), torch.randn(5, 2, 3, 4)),
+    "conv1d": lambda: (nn.Conv1d(4, 6, 3, stride=2, padding=2, groups=2), torch.randn(5, 4, 9)),
+    "conv2d": lambda: (nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)), torch.randn(5, 2, 7, 6)),
+    "conv2d same": lambda: (nn.Conv2d(2, 4, (4, 3), padding="same", bias=False), torch.randn(5, 2, 7, 6)),
+    "conv2d valid": lambda: (nn.Conv2d(2, 4, 3, padding="valid"), torch.randn(5, 2, 7, 6)),
+    "conv2d circular": lambda: (nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), torch.randn(5, 2, 5, 5)),
+    "conv2d reflect": lambda: (nn.Conv2d(2, 4, 3, padding=2, padding_mode="reflect"), torch.randn(5, 2, 5, 5)),
+    "conv2d depthwise": lambda: (nn.Conv2d(4, 4, 3, groups=4), torch.randn(5, 4, 5, 5)),
+    "conv3d": lambda: (nn.Conv3d(2, 2, 2), torch.randn(3, 2, 3, 4, 3)),
+    "layer norm": lambda: (nn.LayerNorm(4), torch.randn(5, 4)),
+    "layer norm over positions": lambda: (nn.LayerNorm((3, 4)), torch.randn(5, 2, 3, 4)),
+    "layer norm without bias": lambda: (nn.LayerNorm(4, bias=False), torch.randn(5, 6, 4)),
+    "group norm": lambda: (nn.GroupNorm(2, 4), torch.randn(5, 4, 3, 3)),
+    "group norm of vectors": lambda: (nn.GroupNorm(2, 4), torch.randn(5, 4)),
+    "batch norm in evaluation": lambda: (nn.BatchNorm2d(4).eval(), torch.randn(5, 4, 3, 3)),
+}
+GENERIC: dict[str, Make] = {
+    "embedding": lambda: (nn.Embedding(7, 3), torch.randint(7, (5, 4))),
+    "prelu, which vmap gets wrong": lambda: (nn.PReLU(4), torch.randn(5, 4)),
+    "prelu over positions": lambda: (nn.PReLU(4), torch.randn(5, 4, 3)),
+    "transposed convolution": lambda: (nn.ConvTranspose2d(2, 3, 3, stride=2), torch.randn(5, 2, 4, 4)),
+    "rms norm": lambda: (nn.RMSNorm(4), torch.randn(5, 6, 4)),
+}
+
+
+def blocks_of(module: nn.Module, rule: LayerRule) -> list[Block]:
+    own = dict(module.named_parameters())
+    return [Block(names, tuple(own[n] for n in names)) for names in rule.blocks(module, list(own))]
+
+
+def columns_by_parameter(module: nn.Module, rule: LayerRule, x: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
+    """Gradients [R, B, numel] of every parameter."""
+    blocks = blocks_of(module, rule)
+    found: dict[str, Tensor] = {}
+    for block, columns in zip(blocks, rule.columns(module, blocks, Call((x,), {}, [cotangents])), strict=True):
+        values = columns.dense().values if isinstance(columns, OuterColumns) else columns.values  # type: ignore[attr-defined]
+        for name, parameter, start in zip(block.names, block.parameters, _starts(block), strict=True):
+            width = parameter.numel() // values.shape[2]
+            found[name] = values[:, :, :, start : start + width].flatten(2)
+    return found
+
+
+def _starts(block: Block) -> list[int]:
+    starts, at = [], 0
+    for parameter in block.parameters:
+        starts.append(at)
+        at += parameter.numel() // len(parameter)
+    return starts
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("kind", [*FAST, *GENERIC])
+@pytest.mark.parametrize("R", [1, 3])
+def test_columns_are_single_samples_gradients(kind: str, R: int) -> None:
+    module, x = {**FAST, **GENERIC}[kind]()
+    assert isinstance(rule_for(module), GenericRule) == (kind in GENERIC)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) / 3)
+    output = module(x)
+    cotangents = torch.randn(R, *output.shape)
+    expected: dict[str, list[Tensor]] = {name: [] for name, _ in module.named_parameters()}
+    for r in range(R):
+        for b in range(len(x)):
+            gradients = torch.autograd.grad(module(x[b : b + 1]), list(module.parameters()), cotangents[r, b : b + 1])
+            for name, gradient in zip(expected, gradients, strict=True):
+                expected[name].append(gradient.flatten())
+    for rule in {rule_for(module), GenericRule()}:
+        for name, values in columns_by_parameter(module, rule, x, cotangents).items():
+            wanted = torch.stack(expected[name]).view(R, len(x), -1)
+            torch.testing.assert_close(values, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_batch_norm_in_training_sums_to_the_batch_gradient() -> None:
+    module, x = nn.BatchNorm1d(4), torch.randn(6, 4)
+    output = module(x)
+    v = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, list(module.parameters()), v)
+    for gradient, values in zip(gradients, columns_by_parameter(module, rule_for(module), x, v[None]).values(), strict=True):
+        torch.testing.assert_close(values.sum((0, 1)), gradient)
+
+
+def test_keyword_inputs() -> None:
+    for make in (FAST["linear"], FAST["conv2d"], FAST["layer norm"]):
+        module, x = make()
+        rule = rule_for(module)
+        v = torch.randn(1, *module(x).shape)
+        blocks = blocks_of(module, rule)
+        g = torch.randn(blocks[0].matrix(blocks[0].parameters).shape)
+        by_position: Columns = rule.columns(module, blocks, Call((x,), {}, [v]))[0]
+        by_name: Columns = rule.columns(module, blocks, Call((), {"input": x}, [v]))[0]
+        assert torch.equal(by_position.directional(g), by_name.directional(g))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(1, 3), per_in=st.integers(1, 2), per_out=st.integers(1, 2), kernel=st.integers(1, 3),
+    stride=st.integers(1, 3), padding=st.integers(0, 2), dilation=st.integers(1, 2), bias=st.booleans(),
+    size=st.integers(5, 8), batch=st.integers(1, 4), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_convolutions_of_any_shape_sum_to_the_batch_gradient(
+    groups: int, per_in: int, per_out: int, kernel: int, stride: int, padding: int, dilation: int, bias: bool,
+    size: int, batch: int, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    module = nn.Conv2d(
+        groups * per_in, groups * per_out, kernel, stride, padding, dilation, groups, bias, dtype=torch.float64
+    )
+    x = torch.randn(batch, groups * per_in, size, size, dtype=torch.float64)
+    output = module(x)
+    v = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, list(module.parameters()), v)
+    found = columns_by_parameter(module, rule_for(module), x, v[None])
+    for (name, _), gradient in zip(module.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(found[name].sum((0, 1)), gradient.flatten())
+    generic = columns_by_parameter(module, GenericRule(), x, v[None])
+    for name, values in found.items():
+        torch.testing.assert_close(values, generic[name])
+
+
+class Mixing(nn.Module):
+    """Centres its inputs over the batch, so that no gradient belongs to one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0)) * self.scale
+
+
+def test_a_module_that_mixes_samples_is_trained_all_the_same() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Mixing(), nn.Linear(4, 3))
+    optimizer = DDPNOpt(model)
+    x, y = torch.randn(5, 4), torch.randint(3, (5,))
+    before = [p.detach().clone() for p in model.parameters()]
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match="Mixing: the generic rule failed"):
+        optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert any(row.rule == "base" and "generic rule failed" in row.why for row in optimizer.report().rows)
+
+
+class Recurrent(nn.Module):
+    """Runs one layer three times, and another model's idea of a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.cell(x))
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_a_layer_that_runs_several_times_gets_the_gradient_of_all_uses() -> None:
+    model, x, y = Recurrent(), torch.randn(5, 4), torch.randint(3, (5,))
+    expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity())
+    optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))
+    for new, old, gradient in zip(model.parameters(), start, expected, strict=True):
+        torch.testing.assert_close((old - new) / 1e-7, gradient, rtol=1e-4, atol=1e-6)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.out(torch.tanh(self.embed(x)))
+        return logits.mT
+
+
+@pytest.mark.parametrize("form", ["plain", "closure"])
+def test_a_shared_parameter_gets_the_gradient_of_both_owners(form: str) -> None:
+    model, x, y = Tied(), torch.randint(7, (5, 3)), torch.randint(7, (5, 3))
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
+    start = model.embed.weight.detach().clone()
+    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity())
+    if form == "plain":
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    else:
+        optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))
+    torch.testing.assert_close((start - model.embed.weight.detach()) / 1e-7, expected, rtol=1e-4, atol=1e-6)
+    (row,) = optimizer.report().rows
+    assert row.rule == "base"
+    assert "shared" in row.why
+
+
+def test_dropout_masks_and_batch_statistics_are_those_of_the_first_pass() -> None:
+    seen: list[Tensor] = []
+
+    class Spy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach() == 0)
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 50), nn.BatchNorm1d(50), nn.Dropout(0.5), Spy(), nn.Linear(50, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    optimizer = DDPNOpt(model)
+    nn.functional.cross_entropy(model(x), y).backward()
+    norm = model[1]
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert norm.running_mean is not None
+    counted, after_forward = norm.running_mean.clone(), torch.get_rng_state()
+    optimizer.step()
+    assert torch.equal(norm.running_mean, counted)
+    assert int(norm.num_batches_tracked or 0) == 1
+    assert torch.equal(torch.get_rng_state(), after_forward)
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+
+
+def test_report_names_every_parameter_once() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 3), nn.PReLU())
+    optimizer = DDPNOpt(model)
+    report = optimizer.report()
+    assert [row.rule for row in report.rows] == ["conv", "norm", "linear", "generic"]
+    assert sum(row.parameters for row in report.rows) == sum(p.numel() for p in model.parameters())
+    assert "BatchNorm2d" in str(report)
+    assert "Kronecker" in str(report)
