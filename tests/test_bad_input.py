@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CURVATURES, NETWORKS, Case
 from torch import Tensor, nn
 
+from cases import CURVATURES, NETWORKS, Case
 from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Exact, Gradient, Identity, Kronecker, Matched, Sampled, StepError
 
 NAN = float("nan")
@@ -263,6 +263,16 @@ def test_nan_in_the_batch(coupling: Any, feedback: bool, curvature: str) -> None
     case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
     M = CURVATURES[curvature]
     optimizer = DDPNOpt(case.model, 1e-3, curvature=M, coupling=coupling, feedback=feedback)
+    good_step(case, optimizer, criterion)
+    broken = Case(case.model, case.x.clone(), case.y)
+    broken.x[2, 1] = NAN
+    fails_unchanged((case, optimizer, criterion), lambda: good_step(broken, optimizer, criterion), "finite")
+
+
+@pytest.mark.parametrize("terminal", [Matched, Exact, Sampled])
+def test_nan_in_the_batch_with_a_criterion(terminal: Any) -> None:
+    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(case.model, terminal=terminal(criterion))
     good_step(case, optimizer, criterion)
     broken = Case(case.model, case.x.clone(), case.y)
     broken.x[2, 1] = NAN

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CURVATURES, NETWORKS, Case
 from torch import Tensor, nn
 
+from cases import CURVATURES, NETWORKS, Case
 from ddpnopt import DDPNOpt, Exact, Gradient, Identity, Kronecker, Matched, Sampled
 from ddpnopt.terminal import Terminal
 
@@ -47,7 +47,9 @@ TERMINALS: dict[str, Callable[[Loss], Terminal]] = {
 }
 
 
-def trained(form: Callable[..., Any], terminal: str, network: str = "mlp", steps: int = 20, **settings: Any) -> list[Tensor]:
+def trained(
+    form: Callable[..., Any], terminal: str, network: str = "mlp", steps: int = 20, **settings: Any
+) -> list[Tensor]:
     torch.manual_seed(5)
     case, criterion = NETWORKS[network](), nn.CrossEntropyLoss()
     optimizer = DDPNOpt(case.model, terminal=TERMINALS[terminal](criterion), **settings)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import NETWORKS, Case
 from torch import Tensor, nn
 
+from cases import NETWORKS, Case
 from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Identity, Kronecker
 from ddpnopt.curvature import Curvature
 

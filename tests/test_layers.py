@@ -22,7 +22,10 @@ FAST: dict[str, Make] = {
     "linear over positions": lambda: (nn.Linear(4, 3), torch.randn(5, 6, 4)),
     "linear over two dimensions": lambda: (nn.Linear(4, 3), torch.randn(5, 2, 3, 4)),
     "conv1d": lambda: (nn.Conv1d(4, 6, 3, stride=2, padding=2, groups=2), torch.randn(5, 4, 9)),
-    "conv2d": lambda: (nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)), torch.randn(5, 2, 7, 6)),
+    "conv2d": lambda: (
+        nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
+        torch.randn(5, 2, 7, 6),
+    ),
     "conv2d same": lambda: (nn.Conv2d(2, 4, (4, 3), padding="same", bias=False), torch.randn(5, 2, 7, 6)),
     "conv2d valid": lambda: (nn.Conv2d(2, 4, 3, padding="valid"), torch.randn(5, 2, 7, 6)),
     "conv2d circular": lambda: (nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), torch.randn(5, 2, 5, 5)),
@@ -98,7 +101,9 @@ def test_batch_norm_in_training_sums_to_the_batch_gradient() -> None:
     output = module(x)
     v = torch.randn_like(output)
     gradients = torch.autograd.grad(output, list(module.parameters()), v)
-    for gradient, values in zip(gradients, columns_by_parameter(module, rule_for(module), x, v[None]).values(), strict=True):
+    for gradient, values in zip(
+        gradients, columns_by_parameter(module, rule_for(module), x, v[None]).values(), strict=True
+    ):
         torch.testing.assert_close(values.sum((0, 1)), gradient)
 
 

@@ -40,7 +40,8 @@ class Inverse(ABC):
     def to_dense(self, out: int, fan_in: int) -> Tensor:
         """``M`` itself as ``[out * fan_in, out * fan_in]`` in float64, for tests and small blocks only."""
         eye = torch.eye(out * fan_in, dtype=torch.float64)
-        return torch.linalg.inv(self._in_float64().solve(eye.view(-1, out, fan_in)).flatten(1))
+        dense: Tensor = torch.linalg.inv(self._in_float64().solve(eye.view(-1, out, fan_in)).flatten(1))
+        return dense
 
     @abstractmethod
     def _in_float64(self) -> "Inverse": ...

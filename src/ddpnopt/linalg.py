@@ -52,7 +52,7 @@ def eigenbasis(matrix: Tensor) -> tuple[Tensor | None, int]:
             eye = torch.eye(len(matrix), dtype=dtype, device=matrix.device)
             try:
                 _, basis = torch.linalg.eigh(matrix.to(dtype) + jitter * scale.to(dtype) * eye)
-            except torch.linalg.LinAlgError:
+            except RuntimeError:  # torch.linalg.LinAlgError is one
                 failures += 1
                 continue
             if bool(torch.isfinite(basis).all()):

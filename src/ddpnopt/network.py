@@ -73,7 +73,9 @@ def read_network(
         ValueError: if ``stages`` names a module that does not exist, or one inside another.
     """
     owners = Counter(p for module in model.modules() for p in module._parameters.values()) if model else Counter()
-    layers, loose, placed = [], [], set[nn.Parameter]()
+    layers: list[Layer] = []
+    loose: list[Loose] = []
+    placed: set[nn.Parameter] = set()
     for name, module in model.named_modules() if model else ():
         own = {n: p for n, p in module._parameters.items() if p is not None and p in group_of}
         placed.update(own.values())

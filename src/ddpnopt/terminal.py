@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .errors import StepError
+
 Reduction = Literal["mean", "sum"]
 
 
@@ -230,8 +232,11 @@ def _hessian_factor(loss: OutputLoss) -> Tensor:
     gradient = loss.gradient()
     rows = [loss.derivative(entry.sum()) for entry in gradient.unbind(1)]
     hessian = torch.stack(rows, 1) / loss.weight
-    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-    return vectors * values.clamp_min(0).sqrt()[:, None, :]
+    if not bool(torch.isfinite(hessian).all()):
+        raise StepError("the loss's curvature at the model's output is not finite; weights and state are unchanged")
+    # near a confident output many eigenvalues all but coincide at zero, where single precision may not converge
+    values, vectors = torch.linalg.eigh(((hessian + hessian.mT) / 2).double())
+    return (vectors * values.clamp_min(0).sqrt()[:, None, :]).to(hessian.dtype)
 
 
 def _check_reduction(name: str, reduction: str) -> None:

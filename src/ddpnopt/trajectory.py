@@ -111,8 +111,8 @@ class Recorder:
         live = [p for p in self.live if p.runs]
         if self._unreached is not None and live and self._unreached not in [p.batch for p in live]:
             raise StepError(
-                f"the last forward pass had batch size {self._unreached}, the one that loss.backward() "
-                f"went through had {live[-1].batch}: step before the next training batch, and evaluate under torch.no_grad()"
+                f"the last forward pass had batch size {self._unreached}, the one that loss.backward() went through "
+                f"had {live[-1].batch}: step before the next training batch, and evaluate under torch.no_grad()"
             )
         return live
 

@@ -27,7 +27,7 @@ def averaged(state: State, columns: Columns, beta: float) -> State:
 
 
 def split_ridge(S: Tensor, A: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """``l1, l2`` with ``l1 l2 = ridge`` for ``(S + l1) (x) (A + l2)``, in proportion to the factors' mean eigenvalues."""
+    """``l1, l2`` with ``l1 l2 = ridge`` for ``(S + l1) (x) (A + l2)``, in proportion to the mean eigenvalues."""
     mean_S, mean_A = (m.sum() / len(m) if m.ndim == 1 else m.diagonal().mean() for m in (S, A))
     pi = (mean_A / mean_S).sqrt()
     pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
