@@ -1,6 +1,7 @@
 """Curvatures: averages, refresh, damping, and the ladder of factorisations down to the last good one."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -157,3 +158,43 @@ def test_diagnostics_tell_the_two_parts_of_a_policy() -> None:
     assert said["actual_decrease"] == pytest.approx(decrease)
     # half of the first-order decrease lr |g|^2 is what the quadratic model leaves at R = M / lr
     assert decrease / 3 < said["predicted_decrease"] < decrease
+
+
+@pytest.mark.parametrize("coupling", ["batch", "sample"])
+def test_factors_are_of_each_samples_own_loss(coupling: Literal["batch", "sample"]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    biases = []  # the bias's gradient is v, the gradient at the layer's output
+    for one_x, one_y in zip(x, y, strict=True):
+        loss = torch.nn.functional.cross_entropy(model(one_x[None]), one_y[None])
+        biases.append(torch.autograd.grad(loss, model[0].bias)[0])  # type: ignore[arg-type]
+    v, inputs = torch.stack(biases), torch.cat([x, torch.ones(8, 1)], 1)
+    optimizer = DDPNOpt(model, 1e-12, coupling=coupling)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    state = optimizer.state[model[0].weight]  # type: ignore[index]
+    torch.testing.assert_close(state["S"], v.T @ v / 8)
+    torch.testing.assert_close(state["A"], inputs.T @ inputs / 8)
+
+
+def test_the_sample_form_builds_its_factors_from_V_x() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    optimizer = DDPNOpt(model, 0.05, coupling="sample")
+    weights, loss_of = [p.detach().clone() for p in model.parameters()], torch.nn.functional.cross_entropy
+    loss_of(model(x), y).backward()
+    optimizer.step()
+    last = optimizer.state[model[2].weight]  # type: ignore[index]
+    inverse = Kronecker().inverse(last, 0.03)
+    squares = []
+    for one_x, one_y in zip(x, y, strict=True):
+        with torch.no_grad():
+            for p, old in zip(model.parameters(), weights, strict=True):
+                p.copy_(old)
+        loss = loss_of(model(one_x[None]), one_y[None])
+        W, b, v = torch.autograd.grad(loss, [model[2].weight, model[2].bias, model[0].bias])  # type: ignore[list-item]
+        g = torch.cat([W, b[:, None]], 1)
+        c = 1 - 0.05 * (g * inverse.solve(g)).sum()  # Proposition 3: V_x <- c p behind the last layer
+        squares.append((c * v)[:, None] @ (c * v)[None])
+    first = optimizer.state[model[0].weight]  # type: ignore[index]
+    torch.testing.assert_close(first["S"], torch.stack(squares).mean(0))
