@@ -246,3 +246,22 @@ def test_copies_and_pickles_train_on_without_touching_the_original() -> None:
     backward_then_step(optimizer, case, criterion)
     for new, wanted in zip(twin.model.parameters(), case.model.parameters(), strict=True):
         assert torch.equal(new, wanted)
+
+
+def test_two_backward_passes_through_one_graph_add_up() -> None:
+    def weights(twice: bool) -> list[Tensor]:
+        torch.manual_seed(5)
+        case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+        optimizer = DDPNOpt(case.model, 1.0)
+        output = case.model(case.x)
+        one, other = criterion(output, case.y), output.square().mean()
+        if twice:
+            one.backward(retain_graph=True)
+            other.backward()
+        else:
+            (one + other).backward()
+        optimizer.step()
+        return [p.detach() for p in case.model.parameters()]
+
+    for new, wanted in zip(weights(True), weights(False), strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-10, atol=1e-10)
