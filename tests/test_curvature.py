@@ -185,7 +185,7 @@ def test_the_sample_form_builds_its_factors_from_V_x() -> None:
     loss_of(model(x), y).backward()
     optimizer.step()
     last = optimizer.state[model[2].weight]  # type: ignore[index]
-    inverse = Kronecker().inverse(last, 0.03)
+    inverse = Kronecker().inverse(last, 0.1)
     squares = []
     for one_x, one_y in zip(x, y, strict=True):
         with torch.no_grad():

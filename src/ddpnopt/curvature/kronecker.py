@@ -44,7 +44,7 @@ class Kronecker(Curvature):
 
     Args:
         damping: ``delta`` in ``l1 l2 = lr * (delta + weight_decay)`` for the batch form, which bounds ``R`` below by
-            ``delta`` at every learning rate; ``l1 l2 = delta`` for ``coupling="sample"``. Default 0.03.
+            ``delta`` at every learning rate; ``l1 l2 = delta`` for ``coupling="sample"``. Default 0.1.
         refresh_every: steps between two computations of the inverses; default 10. They are also computed when
             the ridge has changed by more than a factor of 1.1 (a scheduler's doing).
         beta: weight of the past in the moving averages; default 0.95.
@@ -55,10 +55,10 @@ class Kronecker(Curvature):
     Example:
         >>> from ddpnopt import Kronecker
         >>> Kronecker(refresh_every=5)
-        Kronecker(damping=0.03, refresh_every=5, beta=0.95)
+        Kronecker(damping=0.1, refresh_every=5, beta=0.95)
     """
 
-    damping: float = 0.03
+    damping: float = 0.1
     refresh_every: int = 10
     beta: float = 0.95
 
