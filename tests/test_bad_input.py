@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -403,3 +404,27 @@ def test_nothing_of_a_pass_survives_its_step(ready: Ready) -> None:
         case.model(case.x)
     optimizer.zero_grad()
     assert tensors() == before
+
+
+@pytest.mark.parametrize("terminal", [Gradient(), Matched(), Exact()])
+def test_no_graph_survives_a_closure(terminal: Any) -> None:
+    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(case.model, terminal=terminal)
+    graphs: list[Any] = []
+
+    class Marker(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.marker = Failing(0)
+            graphs.append(weakref.ref(ctx.marker))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return gradients[0]
+
+    for _ in range(3):
+        optimizer.step(lambda: criterion(Marker.apply(case.model(case.x)), case.y))
+    gc.collect()
+    assert graphs
+    assert not any(ref() for ref in graphs)

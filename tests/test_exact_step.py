@@ -1,5 +1,7 @@
 """One whole step of the fast path against the dense reference, for every combination of options."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,9 +10,9 @@ from cases import CURVATURES, NETWORKS, Case
 from ddpnopt import DDPNOpt, Exact, Gradient, Matched, Sampled, reference
 from ddpnopt.curvature.base import Curvature
 from ddpnopt.layers import Block
-from ddpnopt.steps import Coupling
 from ddpnopt.terminal import OutputLoss, Terminal
 
+Coupling = Literal["batch", "sample"]
 LR = 0.3
 CAP = {"mlp": 1.85, "conv": 2.1}  # binds for some samples, not for all: test_the_cap_binds_for_some
 

@@ -265,3 +265,64 @@ def test_two_backward_passes_through_one_graph_add_up() -> None:
 
     for new, wanted in zip(weights(True), weights(False), strict=True):
         torch.testing.assert_close(new, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_zero_grad_between_two_backward_passes_through_one_graph() -> None:
+    def weights(detour: bool) -> list[Tensor]:
+        torch.manual_seed(5)
+        case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+        optimizer = DDPNOpt(case.model, 1.0)
+        output = case.model(case.x)
+        if detour:
+            output.square().mean().backward(retain_graph=True)
+            optimizer.zero_grad()
+        criterion(output, case.y).backward()
+        optimizer.step()
+        return [p.detach() for p in case.model.parameters()]
+
+    for new, wanted in zip(weights(True), weights(False), strict=True):
+        assert torch.equal(new, wanted)
+
+
+@pytest.mark.parametrize("coupling", ["batch", "sample"])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_a_grad_scaler_changes_nothing(coupling: Any, feedback: bool) -> None:
+    def weights(scaled: bool) -> list[Tensor]:
+        torch.manual_seed(5)
+        case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+        optimizer = DDPNOpt(case.model, 0.01, coupling=coupling, feedback=feedback)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = criterion(case.model(case.x), case.y)
+            if step == 2 and scaled:
+                loss = loss * float("inf")  # to be skipped
+            elif step == 2:
+                continue
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return [p.detach() for p in case.model.parameters()]
+
+    for new, wanted in zip(weights(True), weights(False), strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_unscaling_by_hand_is_refused() -> None:
+    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+    optimizer, scaler = DDPNOpt(case.model), torch.amp.GradScaler("cpu")
+    scaler.scale(criterion(case.model(case.x), case.y)).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(ValueError, match="unscale_"):
+        scaler.step(optimizer)
+
+
+def test_gradients_without_a_forward_pass_of_the_model_are_refused() -> None:
+    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(case.model)
+    x = case.x
+    for module in case.model:
+        x = module(x)
+    criterion(x, case.y).backward()
+    with pytest.raises(ValueError, match="saw no forward pass"):
+        optimizer.step()

@@ -255,3 +255,16 @@ def test_report_names_every_parameter_once() -> None:
     assert sum(row.parameters for row in report.rows) == sum(p.numel() for p in model.parameters())
     assert "BatchNorm2d" in str(report)
     assert "Kronecker" in str(report)
+
+
+def test_a_layer_used_behind_its_back_is_named_and_trained() -> None:
+    model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)  # never calls its out_proj
+    x = torch.randn(5, 3, 4)
+    optimizer = DDPNOpt(model, 0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(x).square().mean().backward()
+    with pytest.warns(UserWarning, match="out_proj"):
+        optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    model(x).square().mean().backward()
+    optimizer.step()

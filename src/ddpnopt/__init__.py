@@ -1,6 +1,7 @@
 """Train neural networks as an optimal-control problem: DDPNOpt for PyTorch."""
 
 from .curvature import Adaptive, EigenKronecker, Identity, Kronecker
+from .dense import Dense
 from .errors import StepError
 from .optimizer import DDPNOpt
 from .terminal import Exact, Gradient, Matched, Sampled
@@ -8,6 +9,7 @@ from .terminal import Exact, Gradient, Matched, Sampled
 __all__ = [
     "Adaptive",
     "DDPNOpt",
+    "Dense",
     "EigenKronecker",
     "Exact",
     "Gradient",

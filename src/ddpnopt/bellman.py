@@ -98,15 +98,18 @@ def backward_pass(
     nominal = value.v_x
     policies: list[StagePolicy] = []
     for blocks in reversed(stages):
-        ready = [_block_policy(terms, curvature, value, nominal, curved) for terms in blocks]
-        gram = torch.stack([_gram(block, joint=value.joint) for block in ready]).sum(0)
-        costs = [d for d in (_cost(block, joint=value.joint) for block in ready) if d is not None]
-        policy, value = value.backward(gram, torch.stack(costs).sum(0) if costs else None, feedback=feedback)
+        ready = [block_policy(terms, curvature, value, nominal, curved) for terms in blocks]
+        gram, d = gram_and_cost(ready, joint=value.joint)
+        policy, value = value.backward(gram, d, feedback=feedback)
         policies.append(StagePolicy(policy, tuple(ready), gram))
     return policies[::-1]
 
 
-def _block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal: Tensor, curved: int) -> BlockPolicy:
+def block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal: Tensor, curved: int) -> BlockPolicy:
+    """One block's part of a policy, its curvature advanced by this step; arguments as in :func:`backward_pass`.
+
+    ``nominal``: ``V_x`` of the back-propagated loss as weights on the columns, ``[R, B]``.
+    """
     # the batch form builds M from back-propagated columns, the sample form from V_x itself, as the paper does
     sample = value if isinstance(value, SampleValue) else None
     ridge = curvature.ridge(terms.lr, terms.decay, batch=sample is None)
@@ -122,6 +125,13 @@ def _block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal
     state = curvature.advance(terms.state, columns, gradient, ridge)
     inverse = curvature.inverse(state, ridge)
     return BlockPolicy(terms, inverse, None if cost is None else inverse.solve(cost), state)
+
+
+def gram_and_cost(blocks: Sequence[BlockPolicy], *, joint: bool) -> tuple[Tensor, Tensor | None]:
+    """A stage's ``G' R^-1 G``, and ``d = G' R^-1`` times its stage cost's gradient (``None`` without one)."""
+    gram = torch.stack([_gram(block, joint=joint) for block in blocks]).sum(0)
+    costs = [d for d in (_cost(block, joint=joint) for block in blocks) if d is not None]
+    return gram, torch.stack(costs).sum(0) if costs else None
 
 
 def _gram(block: BlockPolicy, *, joint: bool) -> Tensor:

@@ -63,7 +63,12 @@ class TerminalValue:
 
 
 def linearise(
-    passes: Sequence[Pass], terminal: Terminal, recorder: Recorder, loss: Tensor | None, step: int
+    passes: Sequence[Pass],
+    terminal: Terminal,
+    recorder: Recorder,
+    loss: Tensor | None,
+    step: int,
+    loss_scale: float = 1.0,
 ) -> tuple[list[Linearised], TerminalValue]:
     """Columns and value at the output of the passes of one step.
 
@@ -74,6 +79,7 @@ def linearise(
         recorder: runs a pass again where its graph is gone.
         loss: of the closure that left its graph, or ``None``.
         step: number of the step, for random columns.
+        loss_scale: what the loss had been multiplied by before its backward pass (a GradScaler's doing).
 
     Raises:
         StepError: if the terminal needs the loss at the output and no criterion was called on the model's output.
@@ -84,14 +90,14 @@ def linearise(
     if isinstance(terminal, RankOne):
         with recorder.muted(), torch.enable_grad():
             scales = [_scale(p, terminal, loss) for p in passes]
-        linearised = [Linearised(p, scale * per_weight) for p, scale in zip(passes, scales, strict=True)]
+        linearised = [Linearised(p, scale * (per_weight / loss_scale)) for p, scale in zip(passes, scales, strict=True)]
         return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
     assert isinstance(terminal, Factored)
     pulled = [_pulled(p, terminal, recorder, loss, step) for p in passes]
     curved = pulled[0][1]
-    a = torch.zeros(curved + 1, batch, dtype=torch.float64)
+    a = torch.zeros(curved + 1, batch, dtype=torch.float64, device=pulled[0][2])
     a[-1] = 1
-    return [Linearised(again, None) for again, _ in pulled], TerminalValue(a, curved, weight)
+    return [Linearised(again, None) for again, *_ in pulled], TerminalValue(a, curved, weight)
 
 
 def _scale(recorded: Pass, terminal: RankOne, loss: Tensor | None) -> Tensor:
@@ -126,13 +132,15 @@ def _output_loss(recorded: Pass, terminal: Terminal, loss: Tensor | None) -> Out
     )
 
 
-def _pulled(recorded: Pass, terminal: Factored, recorder: Recorder, loss: Tensor | None, step: int) -> tuple[Pass, int]:
-    """The pass with columns ``[R + 1, B, ...]`` for cotangents, ``Z``'s and then the gradient's, and ``R``."""
+def _pulled(
+    recorded: Pass, terminal: Factored, recorder: Recorder, loss: Tensor | None, step: int
+) -> tuple[Pass, int, torch.device]:
+    """The pass with columns ``[R + 1, B, ...]`` for cotangents, ``Z``'s and then the gradient's; ``R``; the device."""
     with recorder.muted(), torch.enable_grad():
         at_output = _output_loss(recorded, terminal, loss)
         gradient = at_output.gradient().detach() / at_output.weight
         factor = torch.cat([terminal.factor(at_output, step).detach(), gradient[None]])
-        again = recorded if recorded.edges else recorder.again(recorded)
+        again = recorded if recorded.edges and not recorded.reached else recorder.again(recorded)
         output = again.output
         if not isinstance(output, Tensor):
             raise StepError(
@@ -147,9 +155,7 @@ def _pulled(recorded: Pass, terminal: Factored, recorder: Recorder, loss: Tensor
         pulled = [column[i] for column in columns]
         present = [p for p in pulled if p is not None]
         cotangents[place] = torch.stack(present) if len(present) == len(pulled) else None
-    again.edges.clear()
-    again.output = None
-    return again, len(factor) - 1
+    return again, len(factor) - 1, factor.device
 
 
 def joined(parts: Sequence[Linearised]) -> Linearised | None:

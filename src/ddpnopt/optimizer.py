@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import Curvature, Kronecker
+from .dense import Dense, chain_of
 from .errors import StepError
 from .network import Network, read_network
 from .report import Report, describe
@@ -36,7 +37,8 @@ class DDPNOpt(torch.optim.Optimizer):
         curvature: ``Kronecker()`` (default), ``EigenKronecker()``, ``Adaptive()`` or ``Identity()``.
         terminal: ``Gradient()`` (default), or ``Matched``, ``Exact``, ``Sampled`` with the loss module.
         coupling: ``"batch"`` (default), the joint problem of all samples, exact; ``"sample"``, the paper's
-            Algorithm 3: every sample's own policy, averaged.
+            Algorithm 3: every sample's own policy, averaged; ``Dense(...)``, that with full per-sample matrices,
+            for a small ``nn.Sequential``.
         feedback: ``False`` sets ``Q_ux = 0`` in both passes: no layer sees another. With ``coupling="sample"`` this is
             SGD, RMSprop or EKFAC, by the curvature.
         momentum: weight of the last update, as a drift the policy takes into account; default 0.
@@ -45,7 +47,8 @@ class DDPNOpt(torch.optim.Optimizer):
             inside one move together. Default: every layer is a stage, right for chains.
 
     Raises:
-        ValueError: if a number is out of range, ``coupling`` is unknown, or ``stages`` names no module.
+        ValueError: if a number is out of range, ``coupling`` is unknown or ``Dense`` on a model that is no chain, or
+            ``stages`` names no module.
         TypeError: if ``curvature`` or ``terminal`` is not one, or ``feedback`` is not a bool.
 
     Example:
@@ -64,6 +67,8 @@ class DDPNOpt(torch.optim.Optimizer):
         True
     """
 
+    _step_supports_amp_scaling = True  # a GradScaler then tells its scale, which the columns carry
+
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
@@ -81,6 +86,8 @@ class DDPNOpt(torch.optim.Optimizer):
         self.terminal = Gradient() if terminal is None else terminal
         self.coupling, self.feedback, self.stages = coupling, feedback, stages
         _check_options(self.curvature, self.terminal, coupling, feedback)
+        if isinstance(coupling, Dense):
+            _check_chain(model_or_params, stages)
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -92,7 +99,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._connect()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; its ``lr``, ``momentum`` and ``weight_decay`` are checked like the constructor's."""
+        """Add a group of parameters; its ``lr``, ``momentum`` and ``weight_decay`` are checked as at construction."""
         _check_numbers({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -104,15 +111,15 @@ class DDPNOpt(torch.optim.Optimizer):
     def report(self) -> Report:
         """Which layer is read by which rule and why, before any training; prints as a table."""
         self._refresh_network()
-        return describe(self._network, self.curvature, self.coupling)
+        return describe(self._network, self.curvature, str(self.coupling))
 
     def diagnostics(self) -> dict[str, Any]:
         """Figures of the last step.
 
         Returns:
             ``"layers"``: for each stage ``"k"``, the length of its open-loop update in the curvature's measure
-            ``|du|_R``, ``"feedback"``, that of what ``K dx`` added, and ``"predicted_decrease"``; ``"predicted_decrease"``
-            of the batch's loss, open loop, summed over stages; ``"actual_decrease"``, ``None`` unless the terminal
+            ``|du|_R``, ``"feedback"``, that of what ``K dx`` added, and ``"predicted_decrease"``; the sum of these,
+            ``"predicted_decrease"`` of the batch's loss, open loop; ``"actual_decrease"``, ``None`` unless the terminal
             has a criterion; ``"factorisation_failures"``, how often a factorisation had to be tried again since
             the start. Empty before the first step.
         """
@@ -134,7 +141,7 @@ class DDPNOpt(torch.optim.Optimizer):
             self._recorder.forget()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that got a gradient; runs the model a second time unless ``feedback`` is off.
 
         Args:
@@ -154,23 +161,45 @@ class DDPNOpt(torch.optim.Optimizer):
             raise StepError("this optimizer was closed; make a new one to go on training")
         self._refresh_network()
         try:
-            return self._step(closure)
+            if (scale := self._loss_scale(closure)) is None:
+                return None
+            return self._step(closure, scale)
         finally:
             if self._recorder is not None:
                 self._recorder.forget()
 
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
+    def _loss_scale(self, closure: object) -> float | None:
+        """What a GradScaler has multiplied the loss by, ``None`` if it found inf and the step is to be skipped."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return 1.0
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if closure is not None or scale is None:
+            raise StepError(
+                "with a GradScaler call scaler.step(optimizer) without a closure and without scaler.unscale_(optimizer) "
+                "before: the layers' columns carry the scale, and only scaler.step tells it"
+            )
+        return None if float(found_inf) else float(scale)
+
+    def _step(self, closure: Callable[[], Any] | None, loss_scale: float) -> Any:
         loss, passes, gradients, graph = self._evaluate(closure)
+        if loss_scale != 1.0:
+            gradients = {p: gradient / loss_scale for p, gradient in gradients.items()}
         if self._recorder is not None and not passes and not gradients:
             raise StepError(
                 "step() found no gradient: call loss.backward() first, on a loss of the model that this optimizer was "
                 "made with, or pass a closure that returns the loss"
             )
+        if self._recorder is not None and not passes and self._network.layers:
+            raise StepError(
+                "step() found gradients but saw no forward pass of the model: train through the very module this "
+                "optimizer was made with, not through a compiled copy or one of its parts"
+            )
         if any(p.batch == 0 for p in passes):
             raise StepError("the batch is empty: the model was called on an input of length 0")
         task = Task(
             self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal, self.coupling,
-            self.feedback, self._recorder, passes, gradients, graph, self._steps,
+            self.feedback, self._recorder, passes, gradients, graph, loss_scale, self._steps,
         )  # fmt: skip
         with Transaction(self._names) as transaction:
             outcome = open_loop(task) if self._is_open else closed_loop(task)
@@ -204,10 +233,6 @@ class DDPNOpt(torch.optim.Optimizer):
         _check_loss(loss)
         earlier = self._recorder.take()
         fresh = [p for p in kept if not p.reached and p.edges]
-        for p in kept:
-            if p.reached:
-                p.edges.clear()
-                p.output = None
         if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
             return loss, earlier, self._own_gradients(), None
         with self._recorder.muted():
@@ -217,7 +242,6 @@ class DDPNOpt(torch.optim.Optimizer):
         if not keep:
             for p in fresh:
                 p.edges.clear()
-                p.output = None
         if earlier:
             for parameter, gradient in self._own_gradients().items():
                 gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
@@ -225,7 +249,7 @@ class DDPNOpt(torch.optim.Optimizer):
 
     @property
     def _is_open(self) -> bool:
-        return self.coupling == "sample" and not self.feedback
+        return self.coupling != "batch" and not self.feedback
 
     def _own_gradients(self) -> dict[nn.Parameter, Tensor]:
         return {p: p.grad for p in self._group_of if p.grad is not None}
@@ -250,7 +274,9 @@ class DDPNOpt(torch.optim.Optimizer):
         if self.model is not None:
             layers = [m for m in self.model.modules() if any(p is not None for p in m._parameters.values())]
             stages = dict.fromkeys(chain(layers, (stage.module for stage in self._network.stages)))
-            self._recorder = Recorder(self.model, layers, stages, self.terminal.criterion)
+            # the dense form starts from the gradient at the model's output
+            outputs = [self.model] if isinstance(self.coupling, Dense) else []
+            self._recorder = Recorder(self.model, [*layers, *outputs], stages, self.terminal.criterion)
             weakref.finalize(self, self._recorder.close)
 
     def _refresh_network(self) -> None:
@@ -287,8 +313,9 @@ class DDPNOpt(torch.optim.Optimizer):
                 self.state[parameter][name] = kept
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_recorder", "_network", "_group_of", "_names", "_signature", "_last")
-        return {**super().__getstate__(), **{k: v for k, v in self.__dict__.items() if k not in dropped}}
+        kept = ("model", "curvature", "terminal", "coupling", "feedback", "stages")
+        kept += ("_steps", "_failures", "_refused", "_closed")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -302,7 +329,7 @@ def _differentiated(
 ) -> dict[nn.Parameter, Tensor]:
     """Fill the passes' cotangents from the loss's graph; returns the gradients of ``parameters`` that have one."""
     edges = [edge for p in passes for edge in p.edges]
-    wanted = [edge for _, _, edge in edges] + list(parameters)
+    wanted: list[Any] = [*(edge for _, _, edge in edges), *parameters]
     if not wanted:
         return {}
     values = torch.autograd.grad(loss, wanted, retain_graph=retain_graph, allow_unused=True)
@@ -329,14 +356,20 @@ def _check_numbers(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {name}: {group[name]!r}; give {wanted}")
 
 
+def _check_chain(model: object, stages: object) -> None:
+    chain_of(model)
+    if stages is not None:
+        raise ValueError("stages: coupling=Dense(...) makes every layer a stage; leave stages out, or use 'batch'")
+
+
 def _check_options(curvature: object, terminal: object, coupling: object, feedback: object) -> None:
     if not isinstance(curvature, Curvature):
         raise TypeError(f"curvature must be Kronecker(), EigenKronecker(), Adaptive() or Identity(), got {curvature!r}")
     if not isinstance(terminal, Terminal):
         raise TypeError(f"terminal must be Gradient(), Matched(...), Exact(...) or Sampled(...), got {terminal!r}")
-    if coupling not in ("batch", "sample"):
+    if not isinstance(coupling, Dense) and coupling not in ("batch", "sample"):
         raise ValueError(
-            f"coupling must be 'batch' (the joint problem) or 'sample' (the paper's form), got {coupling!r}"
+            f"coupling must be 'batch' (the joint problem), 'sample' (the paper's form) or Dense(...), got {coupling!r}"
         )
     if not isinstance(feedback, bool):
         raise TypeError(f"feedback must be True or False, got {feedback!r}")

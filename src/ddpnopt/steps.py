@@ -7,6 +7,7 @@ is closed: columns, backward pass over stages, second forward pass.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,15 +17,16 @@ from .bellman import BlockTerms, StagePolicy, backward_pass
 from .columns import Columns, DenseColumns
 from .curvature import Curvature
 from .curvature.base import State
+from .dense import Dense, sweep
 from .layers import Block
-from .linearise import Linearised, columns_of, joined, linearise
+from .linearise import Linearised, TerminalValue, columns_of, joined, linearise
 from .network import Layer, Network, Stage, matrix_of
 from .rollout import forward_pass
 from .terminal import Gradient, Terminal
 from .trajectory import Pass, Recorder
 from .value import BatchPolicy, BatchValue, SampleValue
 
-Coupling = Literal["batch", "sample"]
+Coupling = Literal["batch", "sample"] | Dense
 VELOCITY = "velocity"
 
 
@@ -41,13 +43,14 @@ class Task:
         passes: recorded forward passes with their cotangents.
         gradients: of the batch's loss, for the parameters that have one.
         loss: with its graph, if the closure left it and the terminal wants it.
+        loss_scale: what the loss had been multiplied by before its backward pass; ``gradients`` are without it.
         number: of the step, from 0.
     """
 
     network: Network
     groups: Sequence[Mapping[str, Any]]
     group_of: Mapping[nn.Parameter, int]
-    state: Mapping[nn.Parameter, State]
+    state: Mapping[Tensor, State]
     curvature: Curvature
     terminal: Terminal
     coupling: Coupling
@@ -56,7 +59,13 @@ class Task:
     passes: Sequence[Pass]
     gradients: Mapping[nn.Parameter, Tensor]
     loss: Tensor | None
+    loss_scale: float
     number: int
+
+    def linearised(self, terminal: Terminal) -> tuple[list[Linearised], TerminalValue]:
+        """The passes with their columns, and the value at the output."""
+        assert self.recorder is not None
+        return linearise(self.passes, terminal, self.recorder, self.loss, self.number, self.loss_scale)
 
     def settings(self, block: Block) -> tuple[float, float, float]:
         """``lr``, ``weight_decay`` and ``momentum`` of a block's group."""
@@ -104,7 +113,7 @@ def open_loop(task: Task) -> Outcome:
     outcome = Outcome()
     columns: dict[nn.Parameter, Columns] = {}
     if task.curvature.needs_columns and task.passes and task.recorder is not None:
-        linearised, _ = linearise(task.passes, Gradient(task.terminal.reduction), task.recorder, None, task.number)
+        linearised, _ = task.linearised(Gradient(task.terminal.reduction))
         for layer in task.network.layers:
             columns |= {block.parameters[0]: c for block, c in _read(task, layer, linearised, outcome)}
     for block in task.blocks():
@@ -140,13 +149,22 @@ def closed_loop(task: Task) -> Outcome:
     policies: dict[Stage, StagePolicy] = {}
     blocks: dict[Stage, list[tuple[Block, Columns]]] = {}
     if task.passes and task.recorder is not None:
-        linearised, end = linearise(task.passes, task.terminal, task.recorder, task.loss, task.number)
-        blocks = _blocks_by_stage(task, linearised, outcome)
-        value = _value(task.coupling, end.a, end.curved, end.weight)
-        terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
-        swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.feedback)
-        policies = dict(zip(blocks, swept, strict=True))
+        linearised, end = task.linearised(task.terminal)
+        if isinstance(task.coupling, Dense):
+            with task.recorder.paused():
+                one, blocks, policies = sweep(
+                    task.coupling, task.network, linearised, end, task.curvature,
+                    model=task.recorder.model, terms_of=partial(_terms, task),
+                )  # fmt: skip
+            linearised = [one]
+        else:
+            blocks = _blocks_by_stage(task, linearised, outcome)
+            value = _value(task.coupling, end.a, end.curved, end.weight)
+            terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
+            swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.feedback)
+            policies = dict(zip(blocks, swept, strict=True))
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
+    _name_the_silent(task, read, outcome)
     for block in task.blocks():
         gradient = task.gradient(block)
         if gradient is not None and read.isdisjoint(block.parameters):
@@ -195,9 +213,7 @@ def _blocks_by_stage(
     return found
 
 
-def _read(
-    task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: Outcome
-) -> list[tuple[Block, Columns]]:
+def _read(task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: Outcome) -> list[tuple[Block, Columns]]:
     """The layer's blocks with their columns; none if no gradient reached it or its rule fails."""
     assert task.recorder is not None
     with task.recorder.paused():
@@ -212,6 +228,17 @@ def _read(
             return []
     # a module need not use every parameter it has; one that got no gradient stays, as in torch
     return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
+
+
+def _name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> None:
+    """Warn, once, of layers that have a gradient but no columns: they were used other than by a call on the batch."""
+    for layer in task.network.layers:
+        parameters = [p for block in layer.blocks for p in block.parameters if p in task.gradients]
+        if layer.name in outcome.refused or not parameters or not read.isdisjoint(parameters):
+            continue
+        reason = "it was not seen to run on the batch: one update from the whole batch's gradient"
+        warnings.warn(f"{layer.name}, {type(layer.module).__name__}: {reason}", stacklevel=2)
+        outcome.refused[layer.name] = reason
 
 
 def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:

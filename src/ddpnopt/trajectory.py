@@ -92,6 +92,7 @@ class Recorder:
         self.model = model
         self.live: list[Pass] = []
         self._begun: list[weakref.ref[Pass]] = []
+        self._kept: list[Pass] = []
         self._current: Pass | None = None
         self._keeping = False
         self._muted = False
@@ -117,8 +118,19 @@ class Recorder:
         return live
 
     def forget(self) -> None:
-        """Drop the passes a step has used."""
+        """Drop what passes have recorded of backward passes, and every graph that was kept."""
+        for recorded in self.live:
+            recorded.reached = False  # its graph may be gone through again
+            for cotangents in (
+                *(run.cotangents for run in recorded.runs),
+                *(v.cotangents for v in recorded.visits.values()),
+            ):
+                cotangents[:] = [None] * len(cotangents)
+        for kept in self._kept:
+            kept.edges.clear()
+            kept.output = None
         self.live.clear()
+        self._kept.clear()
         self._unreached = None
 
     @contextlib.contextmanager
@@ -131,6 +143,7 @@ class Recorder:
             yield passes
             passes += [p for p in (ref() for ref in self._begun) if p is not None]
         finally:
+            self._kept += [p for p in (ref() for ref in self._begun) if p is not None]
             self._keeping, self._begun = before
 
     @contextlib.contextmanager

@@ -188,3 +188,13 @@ class SamplePolicy(Policy):
 
     def feedback(self, r: Tensor) -> Tensor:
         return self.weight * torch.einsum("brq,qb->rb", self.C, r.double())
+
+
+@dataclass(frozen=True)
+class DensePolicy(Policy):
+    """``beta = w (1, dx)`` on the columns ``(Q_u, Q_ux)`` of full matrices; ``r [n, B]`` is ``dx`` itself."""
+
+    weight: float
+
+    def feedback(self, r: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(self.k_weights[:1]), self.weight * r.double()])

@@ -1,5 +1,6 @@
 """Any other module: the gradients of its own parameters by a functional vjp over samples."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -68,7 +69,10 @@ def per_sample_gradients(module: nn.Module, parameters: Parameters, call: Call) 
 
     def vectorised() -> Parameters:
         by_sample = torch.func.vmap(alone, randomness="same")
-        gradients: Parameters = torch.func.vmap(by_sample, in_dims=(None, 0), randomness="same")(inputs, cotangents)
+        by_column = torch.func.vmap(by_sample, in_dims=(None, 0), randomness="same")
+        with warnings.catch_warnings():  # of operations that vmap runs one by one: slow is what this rule is
+            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+            gradients: Parameters = by_column(inputs, cotangents)
         return gradients
 
     def looped() -> Parameters:
@@ -95,4 +99,4 @@ def _adds_up(gradients: Tensor, whole: Tensor) -> bool:
     if gradients.shape[0] != whole.shape[0] or gradients.shape[2:] != whole.shape[1:]:
         return False
     scale = gradients.norm().clamp_min(torch.finfo(whole.dtype).tiny)
-    return bool((gradients.sum(1) - whole).norm() <= whole.numel() * torch.finfo(whole.dtype).eps**0.75 * scale)
+    return bool((gradients.sum(1) - whole).norm() <= whole.numel() * torch.finfo(whole.dtype).eps ** 0.75 * scale)
