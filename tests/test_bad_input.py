@@ -57,6 +57,8 @@ def test_options(settings: dict[str, Any], error: type[Exception], says: str) ->
         (lambda: Matched(nn.CrossEntropyLoss(reduction="none")), "'none'"),
         (lambda: Matched(nn.CrossEntropyLoss(), cap=0), "cap"),
         (lambda: Sampled(nn.CrossEntropyLoss(), columns=0), "columns"),
+        (lambda: Sampled(nn.CrossEntropyLoss(), cap=-1), "cap"),
+        (lambda: Exact(nn.CrossEntropyLoss(), cap=NAN), "cap"),
     ],
 )
 def test_settings(make: Callable[[], object], says: str) -> None:

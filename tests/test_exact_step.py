@@ -27,6 +27,7 @@ def terminals(criterion: nn.Module, network: str) -> dict[str, Terminal]:
         "matched": Matched(criterion, cap=CAP[network]),
         "exact": Exact(criterion),
         "sampled": Sampled(criterion, columns=2, seed=3),
+        "exact, capped": Exact(criterion, cap=0.7),
     }
 
 
@@ -39,6 +40,10 @@ def reference_terminal(name: str, network: str, case: Case, step: int) -> refere
         return reference.matched(own_loss, output, case.y, cap=CAP[network])
     if name == "exact":
         return reference.exact(own_loss, output, case.y)
+    if name == "exact, capped":
+        end = reference.exact(own_loss, output, case.y)
+        gradient_column = end.gradient[..., None] / 0.7**0.5
+        return reference.Terminal(end.weight, end.gradient, torch.cat([end.factor, gradient_column], 2))
     # random columns are the optimizer's own: that E[Z Z'] = H is tested beside the terminals
     output.requires_grad_()
     loss = OutputLoss(nn.functional.cross_entropy(output, case.y), output, 1 / len(case.x), len(case.x))
@@ -67,7 +72,7 @@ def frozen_R(optimizer: DDPNOpt, curvature: Curvature, decay: float, *, batch: b
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("terminal", ["gradient", "matched", "exact", "sampled"])
+@pytest.mark.parametrize("terminal", ["gradient", "matched", "exact", "sampled", "exact, capped"])
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 @pytest.mark.parametrize("feedback", [True, False])
 @pytest.mark.parametrize("coupling", ["batch", "sample"])

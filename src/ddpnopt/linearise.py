@@ -1,5 +1,6 @@
 """From recorded passes to what the backward pass over stages reads: columns everywhere, and the loss's value."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -94,9 +95,10 @@ def linearise(
         return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
     assert isinstance(terminal, Factored)
     pulled = [_pulled(p, terminal, recorder, loss, step) for p in passes]
-    curved = pulled[0][1]
-    a = torch.zeros(curved + 1, batch, dtype=torch.float64, device=pulled[0][2])
-    a[-1] = 1
+    count, root = pulled[0][1], 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
+    a = torch.zeros(count, batch, dtype=torch.float64, device=pulled[0][2])
+    a[-1] = root
+    curved = count - 1 if terminal.cap is None else count
     return [Linearised(again, None) for again, *_ in pulled], TerminalValue(a, curved, weight)
 
 
@@ -135,12 +137,16 @@ def _output_loss(recorded: Pass, terminal: Terminal, loss: Tensor | None) -> Out
 def _pulled(
     recorded: Pass, terminal: Factored, recorder: Recorder, loss: Tensor | None, step: int
 ) -> tuple[Pass, int, torch.device]:
-    """The pass with columns ``[R + 1, B, ...]`` for cotangents, ``Z``'s and then the gradient's; ``R``; the device."""
+    """The pass with columns ``[R + 1, B, ...]`` for cotangents: ``Z``, then the gradient; their count; the device.
+
+    With a cap the gradient's column is ``g / sqrt(cap)``, and has curvature too.
+    """
     with recorder.muted(), torch.enable_grad():
         at_output = _output_loss(recorded, terminal, loss)
-        gradient = at_output.gradient().detach() / at_output.weight
+        root = 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
+        gradient = at_output.gradient().detach() / (at_output.weight * root)
         factor = torch.cat([terminal.factor(at_output, step).detach(), gradient[None]])
-        again = recorded if recorded.edges and not recorded.reached else recorder.again(recorded)
+        again = recorded if loss is not None and recorded.edges and not recorded.reached else recorder.again(recorded)
         output = again.output
         if not isinstance(output, Tensor):
             raise StepError(
@@ -155,7 +161,7 @@ def _pulled(
         pulled = [column[i] for column in columns]
         present = [p for p in pulled if p is not None]
         cotangents[place] = torch.stack(present) if len(present) == len(pulled) else None
-    return again, len(factor) - 1, factor.device
+    return again, len(factor), factor.device
 
 
 def joined(parts: Sequence[Linearised]) -> Linearised | None:

@@ -1,6 +1,5 @@
 """``DDPNOpt``: parameter groups, life time, the step's order of events. No mathematics lives here."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -10,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import Curvature, Kronecker
-from .dense import Dense, chain_of
+from .dense import Dense
 from .errors import StepError
+from .evaluation import check_evaluated, evaluate
 from .network import Network, read_network
+from .options import check_chain, check_numbers, check_options
 from .report import Report, describe
 from .steps import Coupling, Outcome, Task, closed_loop, open_loop
 from .terminal import Gradient, Terminal
-from .trajectory import Pass, Recorder
+from .trajectory import Recorder
 from .transaction import Transaction
 
 
@@ -85,9 +86,9 @@ class DDPNOpt(torch.optim.Optimizer):
         self.curvature = Kronecker() if curvature is None else curvature
         self.terminal = Gradient() if terminal is None else terminal
         self.coupling, self.feedback, self.stages = coupling, feedback, stages
-        _check_options(self.curvature, self.terminal, coupling, feedback)
+        check_options(self.curvature, self.terminal, coupling, feedback)
         if isinstance(coupling, Dense):
-            _check_chain(model_or_params, stages)
+            check_chain(model_or_params, stages)
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -100,7 +101,7 @@ class DDPNOpt(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its ``lr``, ``momentum`` and ``weight_decay`` are checked as at construction."""
-        _check_numbers({**self.defaults, **param_group})
+        check_numbers({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def close(self) -> None:
@@ -176,33 +177,26 @@ class DDPNOpt(torch.optim.Optimizer):
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if closure is not None or scale is None:
             raise StepError(
-                "with a GradScaler call scaler.step(optimizer) without a closure and without scaler.unscale_(optimizer) "
-                "before: the layers' columns carry the scale, and only scaler.step tells it"
+                "with a GradScaler call scaler.step(optimizer) without a closure and without scaler.unscale_(optimizer)"
+                " before: the layers' columns carry the scale, and only scaler.step tells it"
             )
         return None if float(found_inf) else float(scale)
 
     def _step(self, closure: Callable[[], Any] | None, loss_scale: float) -> Any:
-        loss, passes, gradients, graph = self._evaluate(closure)
-        if loss_scale != 1.0:
-            gradients = {p: gradient / loss_scale for p, gradient in gradients.items()}
-        if self._recorder is not None and not passes and not gradients:
-            raise StepError(
-                "step() found no gradient: call loss.backward() first, on a loss of the model that this optimizer was "
-                "made with, or pass a closure that returns the loss"
-            )
-        if self._recorder is not None and not passes and self._network.layers:
-            raise StepError(
-                "step() found gradients but saw no forward pass of the model: train through the very module this "
-                "optimizer was made with, not through a compiled copy or one of its parts"
-            )
-        if any(p.batch == 0 for p in passes):
-            raise StepError("the batch is empty: the model was called on an input of length 0")
+        without_feedback = self.coupling != "batch" and not self.feedback
+        needs_graph = self.terminal.needs_loss and not without_feedback
+        found = evaluate(
+            closure, self._recorder, self._network, list(self._group_of), every=without_feedback, keep_graph=needs_graph
+        )
+        if self._recorder is not None:
+            check_evaluated(found, self._network)
+        gradients = found.unscaled(loss_scale)
         task = Task(
             self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal, self.coupling,
-            self.feedback, self._recorder, passes, gradients, graph, loss_scale, self._steps,
+            self.feedback, self._recorder, found.passes, gradients, found.graph, loss_scale, self._steps,
         )  # fmt: skip
         with Transaction(self._names) as transaction:
-            outcome = open_loop(task) if self._is_open else closed_loop(task)
+            outcome = open_loop(task) if without_feedback else closed_loop(task)
             transaction.check()
         for parameter, state in outcome.states.items():
             self.state[parameter] = state
@@ -210,59 +204,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._failures += outcome.failures
         self._last = outcome
         self._refused |= outcome.refused
-        return loss
-
-    # --- gradients -------------------------------------------------------------------------------------------
-
-    def _evaluate(
-        self, closure: Callable[[], Any] | None
-    ) -> tuple[Any, list[Pass], dict[nn.Parameter, Tensor], Tensor | None]:
-        """Loss, recorded passes with cotangents, gradients, and the loss again where its graph is still ours."""
-        if closure is None:
-            return None, self._recorder.take() if self._recorder else [], self._own_gradients(), None
-        if self._recorder is None:
-            with torch.enable_grad():
-                loss = closure()
-            _check_loss(loss)
-            gradients = self._own_gradients()
-            if not gradients and isinstance(loss, Tensor) and loss.requires_grad:
-                gradients = _differentiated(loss, [], list(self._group_of))
-            return loss, [], gradients, None
-        with torch.enable_grad(), self._recorder.keeping_graph() as kept:
-            loss = closure()
-        _check_loss(loss)
-        earlier = self._recorder.take()
-        fresh = [p for p in kept if not p.reached and p.edges]
-        if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
-            return loss, earlier, self._own_gradients(), None
-        with self._recorder.muted():
-            wanted = self._needed_gradients(fresh)
-            keep = self.terminal.needs_loss and not self._is_open
-            gradients = _differentiated(loss, fresh, wanted, retain_graph=keep)
-        if not keep:
-            for p in fresh:
-                p.edges.clear()
-        if earlier:
-            for parameter, gradient in self._own_gradients().items():
-                gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
-        return loss, [*earlier, *fresh], gradients, loss if keep else None
-
-    @property
-    def _is_open(self) -> bool:
-        return self.coupling != "batch" and not self.feedback
-
-    def _own_gradients(self) -> dict[nn.Parameter, Tensor]:
-        return {p: p.grad for p in self._group_of if p.grad is not None}
-
-    def _needed_gradients(self, passes: Sequence[Pass]) -> list[nn.Parameter]:
-        """Parameters whose own gradient a step needs; the rest is read off columns."""
-        if self._is_open:
-            return [p for p in self._group_of if p.requires_grad]
-        unread = {layer.module for layer in self._network.layers if layer.rule.name == "generic"}
-        unread |= {run.layer for p in passes for run in p.runs if run.misfit}
-        inside = chain.from_iterable(layer.blocks for layer in self._network.layers if layer.module in unread)
-        blocks = chain((loose.block for loose in self._network.loose), inside)
-        return [p for block in blocks for p in block.parameters if p.requires_grad]
+        return found.loss
 
     # --- what the optimizer is connected to ------------------------------------------------------------------
 
@@ -313,8 +255,8 @@ class DDPNOpt(torch.optim.Optimizer):
                 self.state[parameter][name] = kept
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("model", "curvature", "terminal", "coupling", "feedback", "stages")
-        kept += ("_steps", "_failures", "_refused", "_closed")
+        options = ["model", "curvature", "terminal", "coupling", "feedback", "stages"]
+        kept = [*options, "_steps", "_failures", "_refused", "_closed"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -322,54 +264,3 @@ class DDPNOpt(torch.optim.Optimizer):
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
             self._connect()
-
-
-def _differentiated(
-    loss: Tensor, passes: Sequence[Pass], parameters: Sequence[nn.Parameter], *, retain_graph: bool = False
-) -> dict[nn.Parameter, Tensor]:
-    """Fill the passes' cotangents from the loss's graph; returns the gradients of ``parameters`` that have one."""
-    edges = [edge for p in passes for edge in p.edges]
-    wanted: list[Any] = [*(edge for _, _, edge in edges), *parameters]
-    if not wanted:
-        return {}
-    values = torch.autograd.grad(loss, wanted, retain_graph=retain_graph, allow_unused=True)
-    for (cotangents, i, _), value in zip(edges, values, strict=False):
-        cotangents[i] = value
-    gradients = zip(parameters, values[len(edges) :], strict=True)
-    return {p: gradient for p, gradient in gradients if gradient is not None}
-
-
-def _check_loss(loss: Any) -> None:
-    if isinstance(loss, Tensor) and loss.numel() == 1 and not bool(torch.isfinite(loss)):
-        raise StepError(f"the loss is {float(loss)}; weights and optimizer state are unchanged")
-
-
-def _check_numbers(group: dict[str, Any]) -> None:
-    ranges = {
-        "lr": "a positive step size such as 0.1",
-        "momentum": "a number in [0, 1)",
-        "weight_decay": "a number >= 0",
-    }
-    for name, wanted in ranges.items():
-        value = float(group[name])
-        if not (math.isfinite(value) and value >= 0 and (name != "momentum" or value < 1)):
-            raise ValueError(f"Invalid {name}: {group[name]!r}; give {wanted}")
-
-
-def _check_chain(model: object, stages: object) -> None:
-    chain_of(model)
-    if stages is not None:
-        raise ValueError("stages: coupling=Dense(...) makes every layer a stage; leave stages out, or use 'batch'")
-
-
-def _check_options(curvature: object, terminal: object, coupling: object, feedback: object) -> None:
-    if not isinstance(curvature, Curvature):
-        raise TypeError(f"curvature must be Kronecker(), EigenKronecker(), Adaptive() or Identity(), got {curvature!r}")
-    if not isinstance(terminal, Terminal):
-        raise TypeError(f"terminal must be Gradient(), Matched(...), Exact(...) or Sampled(...), got {terminal!r}")
-    if not isinstance(coupling, Dense) and coupling not in ("batch", "sample"):
-        raise ValueError(
-            f"coupling must be 'batch' (the joint problem), 'sample' (the paper's form) or Dense(...), got {coupling!r}"
-        )
-    if not isinstance(feedback, bool):
-        raise TypeError(f"feedback must be True or False, got {feedback!r}")

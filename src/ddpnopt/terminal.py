@@ -67,6 +67,8 @@ class RankOne(Terminal):
 class Factored(Terminal):
     """``R`` columns per sample, to be pulled back one by one, beside the gradient."""
 
+    cap: float | None
+
     @abstractmethod
     def factor(self, loss: OutputLoss, step: int) -> Tensor:
         """``Z [R, B, d]``."""
@@ -131,8 +133,7 @@ class Matched(RankOne):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reduction", _reduction_of("Matched", self.criterion, self.reduction))
-        if not (isinstance(self.cap, int | float) and math.isfinite(self.cap) and self.cap > 0):
-            raise ValueError(f"Matched: cap must be a positive number (a decrease of the loss), got {self.cap!r}")
+        _check_cap("Matched", self.cap)
 
     @property
     def needs_loss(self) -> bool:
@@ -158,23 +159,27 @@ class Exact(Factored):
     Args:
         criterion: see :class:`Matched`.
         reduction: see :class:`Matched`.
+        cap: ``None`` (default) is ``H`` alone, which asks a sample that is confidently wrong for a step without
+            bound. A number adds ``g g' / cap``, so that no sample is asked for a decrease above ``cap``; 1 is sturdy.
 
     Raises:
         TypeError: if ``criterion`` is not a module.
-        ValueError: if the criterion's reduction is neither mean nor sum.
+        ValueError: if ``cap`` is not a positive number, or the criterion's reduction is neither mean nor sum.
 
     Example:
         >>> import torch
         >>> from ddpnopt import Exact
         >>> Exact(torch.nn.MSELoss(reduction="sum"))
-        Exact(criterion=MSELoss(), reduction='sum')
+        Exact(criterion=MSELoss(), reduction='sum', cap=None)
     """
 
     criterion: nn.Module | None = None
     reduction: Reduction = "mean"
+    cap: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reduction", _reduction_of("Exact", self.criterion, self.reduction))
+        _check_cap("Exact", self.cap)
 
     @property
     def needs_loss(self) -> bool:
@@ -193,10 +198,12 @@ class Sampled(Factored):
         columns: number of random columns ``R`` per sample; default 4.
         reduction: see :class:`Matched`.
         seed: of the signs, which depend on it and the step's number alone; default 0.
+        cap: see :class:`Exact`.
 
     Raises:
         TypeError: if ``criterion`` is not a module.
-        ValueError: if ``columns`` is not an integer >= 1, or the criterion's reduction is neither mean nor sum.
+        ValueError: if ``columns`` is not an integer >= 1, ``cap`` is not a positive number, or the criterion's
+            reduction is neither mean nor sum.
 
     Example:
         >>> import torch
@@ -209,8 +216,10 @@ class Sampled(Factored):
     columns: int = 4
     reduction: Reduction = "mean"
     seed: int = 0
+    cap: float | None = None
 
     def __post_init__(self) -> None:
+        _check_cap("Sampled", self.cap)
         object.__setattr__(self, "reduction", _reduction_of("Sampled", self.criterion, self.reduction))
         if not isinstance(self.columns, int) or self.columns < 1:
             raise ValueError(f"Sampled: columns must be an integer >= 1, got {self.columns!r}")
@@ -236,7 +245,15 @@ def _hessian_factor(loss: OutputLoss) -> Tensor:
         raise StepError("the loss's curvature at the model's output is not finite; weights and state are unchanged")
     # near a confident output many eigenvalues all but coincide at zero, where single precision may not converge
     values, vectors = torch.linalg.eigh(((hessian + hessian.mT) / 2).double())
-    return (vectors * values.clamp_min(0).sqrt()[:, None, :]).to(hessian.dtype)
+    factor: Tensor = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    return factor.to(hessian.dtype)
+
+
+def _check_cap(name: str, cap: float | None) -> None:
+    if cap is None and name != "Matched":
+        return
+    if not (isinstance(cap, int | float) and math.isfinite(cap) and cap > 0):
+        raise ValueError(f"{name}: cap must be a positive number (a decrease of the loss), got {cap!r}")
 
 
 def _check_reduction(name: str, reduction: str) -> None:

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from .conditions import Conditions
 from .errors import StepError
 
 
@@ -49,8 +50,7 @@ class Pass:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     batch: int
-    rng: list[Tensor]
-    autocast: tuple[str, torch.dtype, bool]
+    conditions: Conditions
     runs: list[Run] = field(default_factory=list)
     visits: dict[nn.Module, Visit] = field(default_factory=dict)
     criterion: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -186,21 +186,13 @@ class Recorder:
 
     @contextlib.contextmanager
     def _as_recorded(self, recorded: Pass) -> Iterator[None]:
-        buffers = {buffer: buffer.clone() for buffer in self.model.buffers()}
-        rng = _rng_states(self.model)
-        device, dtype, enabled = recorded.autocast
         unreached = self._unreached
-        _set_rng_states(self.model, recorded.rng)
         try:
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
+            with recorded.conditions.restored(self.model):
                 yield
         finally:
             self._current = None
             self._unreached = unreached
-            _set_rng_states(self.model, rng)
-            for buffer, before in buffers.items():
-                with torch.no_grad():
-                    buffer.copy_(before)
 
     def _attach(
         self, layers: Iterable[nn.Module], stages: Iterable[nn.Module], criterion: nn.Module | None
@@ -224,10 +216,9 @@ class Recorder:
         if self._paused or self._before_stage is not None or not torch.is_grad_enabled():
             return
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
-        device = tensors[0].device.type if tensors else "cpu"
-        autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        conditions = Conditions.now(self.model, tensors[0].device.type if tensors else "cpu")
         batch = len(tensors[0]) if tensors else 0
-        self._current = Pass(_detached(args), _detached(kwargs), batch, _rng_states(self.model), autocast)
+        self._current = Pass(_detached(args), _detached(kwargs), batch, conditions)
         self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(self._current)]
         if self.model.training:
             self._unreached = batch
@@ -318,17 +309,3 @@ def _floating(tree: Any) -> list[Tensor]:
 
 def _detached(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-
-
-def _rng_states(model: nn.Module) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
-
-
-def _set_rng_states(model: nn.Module, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in zip(_devices(model), states[1:], strict=True):
-        torch.cuda.set_rng_state(state, device)

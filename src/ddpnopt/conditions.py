@@ -1,0 +1,52 @@
+"""What a forward pass depends on beside its inputs: random numbers, autocast, buffers."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """States of the random number generators (the CPU's, then the model's GPUs'), and of autocast."""
+
+    rng: list[Tensor]
+    autocast: tuple[str, torch.dtype, bool]
+
+    @staticmethod
+    def now(model: nn.Module, device: str) -> "Conditions":
+        """The conditions at present; ``device``: the type of the inputs' device."""
+        autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return Conditions(_rng_states(model), autocast)
+
+    @contextlib.contextmanager
+    def restored(self, model: nn.Module) -> Iterator[None]:
+        """Run the body under these conditions; afterwards buffers and generators are as before it."""
+        buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+        rng = _rng_states(model)
+        device, dtype, enabled = self.autocast
+        _set_rng_states(model, self.rng)
+        try:
+            with torch.autocast(device, dtype=dtype, enabled=enabled):
+                yield
+        finally:
+            _set_rng_states(model, rng)
+            with torch.no_grad():
+                for buffer, before in buffers.items():
+                    buffer.copy_(before)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def _rng_states(model: nn.Module) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
+
+
+def _set_rng_states(model: nn.Module, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(_devices(model), states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,134 @@
+"""The three ways to a gradient: a past backward pass, a closure that makes one, a closure that leaves its graph."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import StepError
+from .network import Network
+from .trajectory import Pass, Recorder
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a step starts from.
+
+    Args:
+        loss: what the closure returned, or ``None``.
+        passes: recorded forward passes, with their cotangents.
+        gradients: of the batch's loss, for the parameters that have one; with a closure that leaves its graph, only
+            for those that are not read off columns.
+        graph: the loss again, where its graph is still there for more columns.
+    """
+
+    loss: Any
+    passes: Sequence[Pass]
+    gradients: Mapping[nn.Parameter, Tensor]
+    graph: Tensor | None = None
+
+    def unscaled(self, loss_scale: float) -> Mapping[nn.Parameter, Tensor]:
+        """The gradients of the loss itself, if it had been multiplied by ``loss_scale``."""
+        if loss_scale == 1.0:
+            return self.gradients
+        return {p: gradient / loss_scale for p, gradient in self.gradients.items()}
+
+
+def evaluate(
+    closure: Callable[[], Any] | None,
+    recorder: Recorder | None,
+    network: Network,
+    parameters: Sequence[nn.Parameter],
+    *,
+    every: bool,
+    keep_graph: bool,
+) -> Evaluated:
+    """Gather passes and gradients.
+
+    Args:
+        closure: see :meth:`ddpnopt.DDPNOpt.step`.
+        recorder: of the model, or ``None`` for bare parameters.
+        network: tells which parameters are not read off columns.
+        parameters: to train.
+        every: whether the gradients of all of them are needed.
+        keep_graph: whether a graph that the closure left will be used for more columns.
+
+    Raises:
+        StepError: if the loss is not finite, or a forward pass of another batch has followed the backward pass.
+    """
+    if closure is None:
+        return Evaluated(None, recorder.take() if recorder else [], _own(parameters))
+    if recorder is None:
+        with torch.enable_grad():
+            loss = closure()
+        _check_loss(loss)
+        gradients = _own(parameters)
+        if not gradients and isinstance(loss, Tensor) and loss.requires_grad:
+            gradients = _differentiated(loss, [], parameters, retain_graph=False)
+        return Evaluated(loss, [], gradients)
+    with torch.enable_grad(), recorder.keeping_graph() as kept:
+        loss = closure()
+    _check_loss(loss)
+    earlier = recorder.take()
+    fresh = [p for p in kept if not p.reached and p.edges]
+    if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
+        return Evaluated(loss, earlier, _own(parameters))
+    wanted = parameters if every else _not_in_columns(network, fresh)
+    with recorder.muted():
+        gradients = _differentiated(loss, fresh, wanted, retain_graph=keep_graph)
+    if earlier:
+        for parameter, gradient in _own(parameters).items():
+            gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
+    return Evaluated(loss, [*earlier, *fresh], gradients, loss if keep_graph else None)
+
+
+def check_evaluated(found: Evaluated, network: Network) -> None:
+    """Raise :class:`StepError` if there is nothing to step from, or the model's layers were not seen to run."""
+    if not found.passes and not found.gradients:
+        raise StepError(
+            "step() found no gradient: call loss.backward() first, on a loss of the model that this optimizer was "
+            "made with, or pass a closure that returns the loss"
+        )
+    if not found.passes and network.layers:
+        raise StepError(
+            "step() found gradients but saw no forward pass of the model since the last step: step once per backward "
+            "pass, and train through the very module this optimizer was made with, not a compiled copy or a part of it"
+        )
+    if any(p.batch == 0 for p in found.passes):
+        raise StepError("the batch is empty: the model was called on an input of length 0")
+
+
+def _own(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    return {p: p.grad for p in parameters if p.grad is not None}
+
+
+def _not_in_columns(network: Network, passes: Sequence[Pass]) -> list[nn.Parameter]:
+    """Parameters whose own gradient a step needs; the generic rule may fail, so its layers count."""
+    unread = {layer.module for layer in network.layers if layer.rule.name == "generic"}
+    unread |= {run.layer for p in passes for run in p.runs if run.misfit}
+    inside = chain.from_iterable(layer.blocks for layer in network.layers if layer.module in unread)
+    blocks = chain((loose.block for loose in network.loose), inside)
+    return [p for block in blocks for p in block.parameters]
+
+
+def _differentiated(
+    loss: Tensor, passes: Sequence[Pass], parameters: Sequence[nn.Parameter], *, retain_graph: bool
+) -> dict[nn.Parameter, Tensor]:
+    """Fill the passes' cotangents from the loss's graph; returns the gradients of ``parameters`` that have one."""
+    edges = [edge for p in passes for edge in p.edges]
+    wanted: list[Any] = [*(edge for _, _, edge in edges), *parameters]
+    if not wanted:
+        return {}
+    values = torch.autograd.grad(loss, wanted, retain_graph=retain_graph, allow_unused=True)
+    for (cotangents, i, _), value in zip(edges, values, strict=False):
+        cotangents[i] = value
+    gradients = zip(parameters, values[len(edges) :], strict=True)
+    return {p: gradient for p, gradient in gradients if gradient is not None}
+
+
+def _check_loss(loss: Any) -> None:
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not bool(torch.isfinite(loss)):
+        raise StepError(f"the loss is {float(loss)}; weights and optimizer state are unchanged")

@@ -1,0 +1,43 @@
+"""What the optimizer accepts; each refusal names the value and says what to give instead."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .curvature import Curvature
+from .dense import Dense, chain_of
+from .terminal import Terminal
+
+
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless a parameter group's ``lr``, ``momentum`` and ``weight_decay`` are in range."""
+    ranges = {
+        "lr": "a positive step size such as 0.1",
+        "momentum": "a number in [0, 1)",
+        "weight_decay": "a number >= 0",
+    }
+    for name, wanted in ranges.items():
+        value = float(group[name])
+        if not (math.isfinite(value) and value >= 0 and (name != "momentum" or value < 1)):
+            raise ValueError(f"Invalid {name}: {group[name]!r}; give {wanted}")
+
+
+def check_chain(model: object, stages: object) -> None:
+    """Raise ``ValueError`` unless ``Dense`` can take the model."""
+    chain_of(model)
+    if stages is not None:
+        raise ValueError("stages: coupling=Dense(...) makes every layer a stage; leave stages out, or use 'batch'")
+
+
+def check_options(curvature: object, terminal: object, coupling: object, feedback: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless each option is a value of its kind."""
+    if not isinstance(curvature, Curvature):
+        raise TypeError(f"curvature must be Kronecker(), EigenKronecker(), Adaptive() or Identity(), got {curvature!r}")
+    if not isinstance(terminal, Terminal):
+        raise TypeError(f"terminal must be Gradient(), Matched(...), Exact(...) or Sampled(...), got {terminal!r}")
+    if not isinstance(coupling, Dense) and coupling not in ("batch", "sample"):
+        raise ValueError(
+            f"coupling must be 'batch' (the joint problem), 'sample' (the paper's form) or Dense(...), got {coupling!r}"
+        )
+    if not isinstance(feedback, bool):
+        raise TypeError(f"feedback must be True or False, got {feedback!r}")
