@@ -209,7 +209,8 @@ def test_empty_batch(ready: Ready, form: str) -> None:
     case, optimizer, criterion = ready
 
     def loss() -> Tensor:
-        return case.model(case.x[:0]).sum()
+        total: Tensor = case.model(case.x[:0]).sum()
+        return total
 
     def attempt() -> None:
         optimizer.zero_grad()
@@ -426,7 +427,7 @@ def test_no_graph_survives_a_closure(terminal: Any) -> None:
             return gradients[0]
 
     for _ in range(3):
-        optimizer.step(lambda: criterion(Marker.apply(case.model(case.x)), case.y))
+        optimizer.step(lambda: criterion(Marker.apply(case.model(case.x)), case.y))  # type: ignore[no-untyped-call]
     gc.collect()
     assert graphs
     assert not any(ref() for ref in graphs)

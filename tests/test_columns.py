@@ -1,4 +1,4 @@
-"""Columns: the two forms agree, directional is the adjoint of weighted, and every curvature's algebra is dense algebra."""
+"""Columns: both forms answer as dense algebra does, and directional is the adjoint of weighted."""
 
 import pytest
 import torch

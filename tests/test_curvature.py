@@ -192,7 +192,7 @@ def test_the_sample_form_builds_its_factors_from_V_x() -> None:
             for p, old in zip(model.parameters(), weights, strict=True):
                 p.copy_(old)
         loss = loss_of(model(one_x[None]), one_y[None])
-        W, b, v = torch.autograd.grad(loss, [model[2].weight, model[2].bias, model[0].bias])  # type: ignore[list-item]
+        _, v, W, b = torch.autograd.grad(loss, list(model.parameters()))
         g = torch.cat([W, b[:, None]], 1)
         c = 1 - 0.05 * (g * inverse.solve(g)).sum()  # Proposition 3: V_x <- c p behind the last layer
         squares.append((c * v)[:, None] @ (c * v)[None])

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ARGUMENTS = {"drop_in.py": [["--epochs", "1"], ["--epochs", "1", "--optimizer", "adamw"]], "closure.py": [[]]}
+ARGUMENTS: dict[str, list[list[str]]] = {
+    "drop_in.py": [["--epochs", "1"], ["--epochs", "1", "--optimizer", "adamw"]],
+    "closure.py": [[]],
+}
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def trained(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_three_forms_give_the_same_bits(terminal: str, coupling: str, feedback: bool, dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)
-    settings = {"coupling": coupling, "feedback": feedback, "lr": 0.1 if coupling == "batch" else 1e-3}
+    settings: dict[str, Any] = {"coupling": coupling, "feedback": feedback, "lr": 0.1 if coupling == "batch" else 1e-3}
     first, *others = [trained(form, terminal, **settings) for form in FORMS]
     for other in others:
         for new, wanted in zip(other, first, strict=True):
@@ -73,7 +73,7 @@ def test_three_forms_give_the_same_bits(terminal: str, coupling: str, feedback: 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_three_forms_agree_on_convolutions(curvature: str) -> None:
-    settings = {"curvature": CURVATURES[curvature], "momentum": 0.5, "weight_decay": 0.01}
+    settings: dict[str, Any] = {"curvature": CURVATURES[curvature], "momentum": 0.5, "weight_decay": 0.01}
     first, *others = [trained(form, "gradient", "conv", **settings) for form in FORMS]
     for other in others:
         for new, wanted in zip(other, first, strict=True):

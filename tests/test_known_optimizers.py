@@ -1,4 +1,4 @@
-"""Without feedback the sample form is the adapted optimizer: torch's bit for bit, K-FAC and EKFAC written apart here."""
+"""Without feedback the sample form is the adapted optimizer: torch's bit for bit, K-FAC and EKFAC as written here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ Make = Callable[[nn.Module], torch.optim.Optimizer]
 def train(case: Case, make: Make, steps: int = STEPS) -> list[Tensor]:
     torch.manual_seed(1)
     for layer in case.model:
-        if hasattr(layer, "reset_parameters"):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.reset_parameters()
     optimizer = make(case.model)
     for _ in range(steps):
@@ -44,7 +44,7 @@ def open_loop(curvature: Curvature, **settings: Any) -> Make:
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_identity_is_sgd(network: str, dtype: torch.dtype, momentum: float, decay: float) -> None:
     torch.set_default_dtype(dtype)
-    settings = {"momentum": momentum, "weight_decay": decay}
+    settings: dict[str, Any] = {"momentum": momentum, "weight_decay": decay}
     ours = open_loop(Identity(), **settings)
     same_bits(NETWORKS[network](), ours, lambda m: torch.optim.SGD(m.parameters(), 0.05, **settings))
 
@@ -55,7 +55,7 @@ def test_identity_is_sgd(network: str, dtype: torch.dtype, momentum: float, deca
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adaptive_is_rmsprop(network: str, dtype: torch.dtype, momentum: float, decay: float) -> None:
     torch.set_default_dtype(dtype)
-    settings = {"momentum": momentum, "weight_decay": decay}
+    settings: dict[str, Any] = {"momentum": momentum, "weight_decay": decay}
     ours = open_loop(Adaptive(beta=0.9, eps=1e-6), **settings)
     theirs: Make = lambda m: torch.optim.RMSprop(m.parameters(), 0.05, alpha=0.9, eps=1e-6, **settings)  # noqa: E731
     same_bits(NETWORKS[network](), ours, theirs)
@@ -126,7 +126,7 @@ class PlainKroneckerFactored:
                 direction = self.M_inverse[layer] @ g.flatten()
             moved = self.lr * direction.view_as(g)
             with torch.no_grad():
-                layer.weight -= moved[:, :-1].reshape(layer.weight.shape)  # type: ignore[operator]
+                layer.weight -= moved[:, :-1].reshape(layer.weight.shape)  # type: ignore[operator,arg-type]
                 layer.bias -= moved[:, -1]  # type: ignore[operator]
 
 

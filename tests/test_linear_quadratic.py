@@ -1,5 +1,7 @@
 """On a linear network with squared error one step is the exact solution of an optimal-control problem."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -67,5 +69,5 @@ def test_no_learning_rate_increases_a_convex_loss(lr: float) -> None:
     x, target = torch.randn(8, 5), torch.randn(8, 3)
     optimizer = DDPNOpt(layer, lr=lr, curvature=Kronecker(damping=1e-8), terminal=Exact())
     losses = [float(optimizer.step(lambda: squared_error(layer(x), target)).detach()) for _ in range(6)]
-    assert all(after <= before + 1e-12 for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before + 1e-12 for before, after in pairwise(losses))
     assert losses[-1] < losses[0]

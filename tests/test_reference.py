@@ -34,12 +34,12 @@ def assert_same(actual: Tensor, expected: Tensor, *, tolerance: float = 1e-11) -
 
 
 def jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    result: Tensor = torch.autograd.functional.jacobian(f, x)  # type: ignore[no-untyped-call]
+    result: Tensor = torch.autograd.functional.jacobian(f, x)
     return result
 
 
 def partials(f: Function, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    f_u, f_x = torch.autograd.functional.jacobian(f, (u, x))  # type: ignore[no-untyped-call]
+    f_u, f_x = torch.autograd.functional.jacobian(f, (u, x))
     return f_u, f_x
 
 
@@ -170,7 +170,7 @@ def test_one_step_minimises_a_linear_quadratic_problem(B: int) -> None:
         return problem.cost(stacked, loss, GAMMA)
 
     start, new = problem.start, torch.cat(step.controls)
-    curvature: Tensor = torch.autograd.functional.hessian(cost, start)  # type: ignore[no-untyped-call]
+    curvature: Tensor = torch.autograd.functional.hessian(cost, start)
     minimum = start - torch.linalg.solve(curvature, jacobian(cost, start))
     assert (minimum - start).norm() > 1
     assert_same(new, minimum)
@@ -207,7 +207,7 @@ def gauss_newton(problem: Problem, decay: Sequence[float], R: Sequence[Tensor]) 
     H = p.diag_embed() - p[:, :, None] * p[:, None, :]
     curvature = torch.einsum("b,bip,bij,bjq->pq", problem.weight, J, H, J)
     gradient = jacobian(lambda u: problem.cost(u, cross_entropy, decay), problem.start)
-    return gradient, curvature + torch.block_diag(*R)  # type: ignore[no-untyped-call]
+    return gradient, curvature + torch.block_diag(*R)
 
 
 @pytest.mark.parametrize("kind", ["dense", "convolution"])
@@ -336,7 +336,7 @@ def test_sample_with_gradient_terminal_is_one_scalar_per_sample_and_layer() -> N
 
 
 @pytest.mark.parametrize("second_order", [False, True])
-def test_couplings_agree_on_one_sample_with_the_same_Q_uu(second_order: bool) -> None:  # noqa: N802
+def test_couplings_agree_on_one_sample_with_the_same_Q_uu(second_order: bool) -> None:
     problem = network()
     functions, controls, x = problem.functions, problem.controls, problem.x[:1]
     end = reference.exact(cross_entropy, problem.outputs(problem.start)[:1], problem.target[:1])
@@ -434,7 +434,7 @@ def test_gradient_terminal_is_an_outer_product_and_the_joint_one_is_weighted() -
     assert_same(end.factor[..., 0], g)
     assert_same(joint.gradient, torch.cat([g[0], 2 * g[1], 3 * g[2]])[None])
     blocks = [w * torch.outer(z, z) for w, z in zip((1, 2, 3), g, strict=True)]
-    expected = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    expected = torch.block_diag(*blocks)
     assert_same((joint.factor @ joint.factor.mT)[0], expected)
 
 
