@@ -71,16 +71,17 @@ class StagePolicy:
     blocks: tuple[BlockPolicy, ...]
     gram: Tensor
 
-    def size(self, weights: Tensor) -> Tensor:
-        """``|R^-1 G beta|_R``, the length of the update with weights ``beta [R, B]`` in the curvature's own measure.
 
-        Per-sample Gram matrices give the root of the samples' summed squares instead, which ignores that
-        samples' updates may cancel.
-        """
-        if self.gram.ndim == 2:
-            flat = weights.flatten()
-            return (flat @ self.gram @ flat).clamp_min(0).sqrt()
-        return torch.einsum("rb,brq,qb->", weights, self.gram, weights).clamp_min(0).sqrt()
+def size(gram: Tensor, weights: Tensor) -> Tensor:
+    """``|R^-1 G beta|_R``, the length of the update with weights ``beta [R, B]`` in the curvature's own measure.
+
+    Per-sample Gram matrices give the root of the samples' summed squares instead, which ignores that samples'
+    updates may cancel.
+    """
+    if gram.ndim == 2:
+        flat = weights.flatten()
+        return (flat @ gram @ flat).clamp_min(0).sqrt()
+    return torch.einsum("rb,brq,qb->", weights, gram, weights).clamp_min(0).sqrt()
 
 
 def backward_pass(

@@ -126,7 +126,7 @@ class DDPNOpt(torch.optim.Optimizer):
         """
         if self._last is None:
             return {}
-        layers = {name: {k: float(v) for k, v in figures.items()} for name, figures in self._last.figures.items()}
+        layers = {name: figures() for name, figures in self._last.figures.items()}
         actual = self._last.actual_decrease
         return {
             "layers": layers,

@@ -5,7 +5,7 @@ is closed: columns, backward pass over stages, second forward pass.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .bellman import BlockTerms, StagePolicy, backward_pass
+from .bellman import BlockTerms, StagePolicy, backward_pass, size
 from .columns import Columns, DenseColumns
 from .curvature import Curvature
 from .curvature.base import State
@@ -95,14 +95,14 @@ class Outcome:
 
     Args:
         states: new state by a block's first parameter.
-        figures: diagnostics by stage.
+        figures: compute diagnostics by stage, if they are asked for.
         actual_decrease: of the loss on the same batch, where a criterion is known.
         failures: factorisations of the value's curvature that had to be tried again.
         refused: layers whose rule failed, with the reason.
     """
 
     states: dict[nn.Parameter, State] = field(default_factory=dict)
-    figures: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    figures: dict[str, Callable[[], dict[str, float]]] = field(default_factory=dict)
     actual_decrease: Tensor | None = None
     failures: int = 0
     refused: dict[str, str] = field(default_factory=dict)
@@ -176,12 +176,8 @@ def closed_loop(task: Task) -> Outcome:
             control, velocity = part.move(weights)
             _write(block, control)
             outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
-        k = policy.policy.k_weights
-        outcome.figures[stage.name] = {
-            "k": policy.size(k),
-            "feedback": policy.size(weights - k),
-            "predicted_decrease": policy.policy.predicted,
-        }
+        own = policy.policy
+        outcome.figures[stage.name] = partial(_figures, policy.gram, own.k_weights, weights, own.predicted)
 
     whole = joined(linearised) if task.feedback and len(policies) > 1 else None
     if task.recorder is not None:
@@ -268,6 +264,11 @@ def _actual_decrease(task: Task, whole: Linearised | None, output: Any) -> Tenso
     with torch.no_grad(), task.recorder.muted():
         now = criterion(output.view(before.shape), *rest, **kwargs)
         return torch.as_tensor(criterion(before, *rest, **kwargs) - now)
+
+
+def _figures(gram: Tensor, k_weights: Tensor, weights: Tensor, predicted: Tensor) -> dict[str, float]:
+    sizes = {"k": size(gram, k_weights), "feedback": size(gram, weights - k_weights)}
+    return {name: float(value) for name, value in {**sizes, "predicted_decrease": predicted}.items()}
 
 
 def _with_velocity(state: State, velocity: Tensor | None) -> State:
