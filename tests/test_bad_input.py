@@ -187,10 +187,44 @@ def test_batch_changed_in_place(ready: Ready) -> None:
         x = case.x.clone()
         optimizer.zero_grad()
         criterion(case.model(x), case.y).backward()
-        optimizer._recorder.live[0].args = (x[:3],)  # type: ignore[union-attr]
+        x.resize_(3, 4)
         optimizer.step()
 
-    fails_unchanged(ready, attempt, "changed between forward and step")
+    fails_unchanged(ready, attempt, "written into|changed between forward and step")
+
+
+def test_batch_written_into(ready: Ready) -> None:
+    case, optimizer, criterion = ready
+
+    def attempt() -> None:
+        x = case.x.clone()
+        optimizer.zero_grad()
+        criterion(case.model(x), case.y).backward()
+        x.zero_()
+        optimizer.step()
+
+    fails_unchanged(ready, attempt, "written into")
+
+
+@pytest.mark.parametrize("value", [-0.1, NAN, None, "0.1"])
+def test_settings_edited_in_a_group(ready: Ready, value: Any) -> None:
+    case, optimizer, criterion = ready
+
+    def attempt() -> None:
+        optimizer.param_groups[0]["lr"] = value
+        try:
+            good_step(case, optimizer, criterion)
+        finally:
+            optimizer.param_groups[0]["lr"] = 0.1
+
+    fails_unchanged(ready, attempt, f"Invalid lr: {value!r}", ValueError)
+
+
+def test_a_closure_that_returns_no_number(ready: Ready) -> None:
+    case, optimizer, criterion = ready
+    fails_unchanged(ready, lambda: optimizer.step(lambda: case.model(case.x)), "shape")
+    fails_unchanged(ready, lambda: optimizer.step(lambda: NAN), "nan")
+    del criterion
 
 
 def test_evaluation_between_backward_and_step_is_no_change(ready: Ready) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cases import CURVATURES
 from ddpnopt import DDPNOpt, Identity
 from ddpnopt.columns import Columns, OuterColumns
 from ddpnopt.layers import Block, Call, rule_for
@@ -268,3 +269,101 @@ def test_a_layer_used_behind_its_back_is_named_and_trained() -> None:
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     model(x).square().mean().backward()
     optimizer.step()
+
+
+class Behind(nn.Module):
+    """Uses a layer's parameters without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(nn.functional.linear(torch.tanh(self.a(x)), self.b.weight, self.b.bias))
+        out: Tensor = self.c(x)
+        return out
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_layers_that_turn_silent_or_freeze_in_part_train_on(curvature: str) -> None:
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    model = Behind()
+    optimizer = DDPNOpt(model, 0.01, curvature=CURVATURES[curvature], momentum=0.5)
+    with pytest.warns(UserWarning, match="b, Linear: it was not seen to run"):
+        for step in range(5):
+            if step == 3:
+                model.a.bias.requires_grad_(False)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    again = DDPNOpt(model, 0.01, curvature=CURVATURES[curvature], momentum=0.5)
+    again.load_state_dict(optimizer.state_dict())
+    assert any(row.why.startswith("it was not seen") for row in again.report().rows)
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(4, 6), nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+
+    def forward(self, x: Tensor, head: int) -> Tensor:
+        out: Tensor = self.heads[head](torch.tanh(self.body(x)))
+        return out
+
+
+def test_a_head_used_in_one_micro_batch_only_gets_its_gradient() -> None:
+    model, x, y = Heads(), torch.randn(6, 4), torch.randint(3, (6,))
+    optimizer = DDPNOpt(model, 1e-7, curvature=Identity())
+    start = [p.detach().clone() for p in model.parameters()]
+    for head in (0, 1):
+        (nn.functional.cross_entropy(model(x, head), y) / 2).backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    for new, old, gradient in zip(model.parameters(), start, gradients, strict=True):
+        torch.testing.assert_close((old - new.detach()) / 1e-7, gradient, rtol=1e-4, atol=1e-6)
+
+
+class Shifted(nn.Module):
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.first, self.shift = nn.Linear(5, 6), nn.Parameter(torch.zeros(shape))
+        self.block, self.last = Shift(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.block(self.first(x), self.shift).mean(1))
+        return out
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6) / 3)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return torch.tanh((x + shift) @ self.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*one update from the whole batch")
+@pytest.mark.parametrize("shape", [(4, 6), (1, 4, 6), ()])
+def test_inputs_that_belong_to_no_sample(shape: tuple[int, ...]) -> None:
+    model, x, y = Shifted(shape), torch.randn(8, 4, 5), torch.randint(3, (8,))
+    optimizer = DDPNOpt(model, 0.01)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert {row.rule for row in optimizer.report().rows if row.name in ("first", "last")} == {"linear"}
+
+
+def test_sparse_gradients_are_made_dense() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3))
+    optimizer = DDPNOpt(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    nn.functional.cross_entropy(model(torch.randint(7, (5, 3))), torch.randint(3, (5,))).backward()
+    with pytest.warns(UserWarning, match="Embedding: the generic rule failed"):
+        optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

@@ -69,6 +69,10 @@ class Columns(ABC):
     def first(self, count: int) -> "Columns":
         """The first ``count`` columns of every sample."""
 
+    @abstractmethod
+    def absent(self, batch: int) -> "Columns":
+        """As many columns of zero per sample, for ``batch`` samples that did not use the block."""
+
 
 @dataclass(frozen=True)
 class DenseColumns(Columns):
@@ -116,6 +120,9 @@ class DenseColumns(Columns):
 
     def first(self, count: int) -> "DenseColumns":
         return DenseColumns(self.values[:count])
+
+    def absent(self, batch: int) -> "DenseColumns":
+        return DenseColumns(self.values.new_zeros(self.count, batch, *self.values.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,10 @@ class OuterColumns(Columns):
 
     def first(self, count: int) -> "OuterColumns":
         return OuterColumns(self.v[:count], self.x)
+
+    def absent(self, batch: int) -> "OuterColumns":
+        shape = self.v.shape
+        return OuterColumns(self.v.new_zeros(shape[0], batch, *shape[2:]), self.x.new_zeros(batch, *self.x.shape[1:]))
 
 
 def _outer_sum(v: Tensor, x: Tensor, weights: Tensor) -> Tensor:

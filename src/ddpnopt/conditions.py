@@ -33,9 +33,9 @@ class Conditions:
                 yield
         finally:
             _set_rng_states(model, rng)
-            with torch.no_grad():
-                for buffer, before in buffers.items():
-                    buffer.copy_(before)
+            for buffer, before in buffers.items():
+                # through .data: a graph recorded in the body is still to be differentiated, and must not see a change
+                buffer.data.copy_(before)
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -1,5 +1,6 @@
 """The three ways to a gradient: a past backward pass, a closure that makes one, a closure that leaves its graph."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -102,7 +103,8 @@ def check_evaluated(found: Evaluated, network: Network) -> None:
 
 
 def _own(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    return {p: p.grad for p in parameters if p.grad is not None}
+    own = {p: p.grad for p in parameters if p.grad is not None}
+    return {p: gradient.to_dense() if gradient.is_sparse else gradient for p, gradient in own.items()}
 
 
 def _not_in_columns(network: Network, passes: Sequence[Pass]) -> list[nn.Parameter]:
@@ -130,5 +132,10 @@ def _differentiated(
 
 
 def _check_loss(loss: Any) -> None:
-    if isinstance(loss, Tensor) and loss.numel() == 1 and not bool(torch.isfinite(loss)):
-        raise StepError(f"the loss is {float(loss)}; weights and optimizer state are unchanged")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise StepError(
+            f"the closure returned a tensor of shape {tuple(loss.shape)}; return one number, the batch's loss"
+        )
+    value = float(loss.detach() if isinstance(loss, Tensor) else loss) if isinstance(loss, Tensor | float) else 0.0
+    if not math.isfinite(value):
+        raise StepError(f"the loss is {value}; weights and optimizer state are unchanged")

@@ -88,13 +88,17 @@ def linearise(
     batch = sum(p.batch for p in passes)
     per_weight = float(batch) if terminal.reduction == "mean" else 1.0
     weight = 1 / per_weight
+
+    def share(p: Pass) -> float:
+        return loss_scale * (p.batch / batch if terminal.reduction == "mean" else 1.0)
+
     if isinstance(terminal, RankOne):
         with recorder.muted(), torch.enable_grad():
-            scales = [_scale(p, terminal, loss) for p in passes]
+            scales = [_scale(p, terminal, loss, share(p)) for p in passes]
         linearised = [Linearised(p, scale * (per_weight / loss_scale)) for p, scale in zip(passes, scales, strict=True)]
         return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
     assert isinstance(terminal, Factored)
-    pulled = [_pulled(p, terminal, recorder, loss, step) for p in passes]
+    pulled = [_pulled(p, terminal, recorder, loss, step, share(p)) for p in passes]
     count, root = pulled[0][1], 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
     a = torch.zeros(count, batch, dtype=torch.float64, device=pulled[0][2])
     a[-1] = root
@@ -102,59 +106,107 @@ def linearise(
     return [Linearised(again, None) for again, *_ in pulled], TerminalValue(a, curved, weight)
 
 
-def _scale(recorded: Pass, terminal: RankOne, loss: Tensor | None) -> Tensor:
+def _scale(recorded: Pass, terminal: RankOne, loss: Tensor | None, share: float) -> Tensor:
     if not terminal.needs_loss:
         arrived = next((c for run in recorded.runs for c in run.cotangents if c is not None), torch.empty(0))
         return arrived.new_ones(recorded.batch, dtype=torch.promote_types(arrived.dtype, torch.float32))
-    return terminal.scale(_output_loss(recorded, terminal, loss)).detach()
+    return terminal.scale(_output_loss(recorded, terminal, loss, share)).detach()
 
 
-def _output_loss(recorded: Pass, terminal: Terminal, loss: Tensor | None) -> OutputLoss:
+def _output_loss(recorded: Pass, terminal: Terminal, loss: Tensor | None, share: float) -> OutputLoss:
+    """The pass's loss as a function of the model's output; ``share``: see :func:`_multiple`."""
     weight = 1 / recorded.batch if terminal.reduction == "mean" else 1.0
-    if terminal.criterion is not None and recorded.criterion is not None:
-        args, kwargs = recorded.criterion
-        if args:
-            output = args[0].detach().requires_grad_()
-            value = terminal.criterion(output, *args[1:], **kwargs)
-        else:
-            output = kwargs["input"].detach().requires_grad_()
-            value = terminal.criterion(**{**kwargs, "input": output})
-        return OutputLoss(value, output, weight, recorded.batch)
-    if loss is not None and isinstance(recorded.output, Tensor):
-        return OutputLoss(loss, recorded.output, weight, recorded.batch)
+    if loss is not None and recorded.outputs:
+        return OutputLoss(loss, recorded.outputs[_leaf(recorded)], weight, recorded.batch)
     name = type(terminal).__name__
     if terminal.criterion is None:
         raise StepError(
             f"{name}() needs the loss's curvature at the model's output: give it the loss module, "
             f"{name}(criterion), or pass step() a closure that returns the loss without calling backward"
         )
-    raise StepError(
-        f"{name}(criterion) saw no call of its criterion on the model's output in this forward pass: call that "
-        f"very module, criterion(model(x), y), or pass step() a closure that returns the loss without calling backward"
-    )
+    if recorded.criterion is None:
+        raise StepError(
+            f"{name}(criterion) saw no call of its criterion on the model's output in this forward pass: call that "
+            f"very module, criterion(model(x), y), or pass step() a closure that returns the loss without calling "
+            f"backward"
+        )
+    args, kwargs, _ = recorded.criterion
+    if args:
+        output = args[0].detach().requires_grad_()
+        value = terminal.criterion(output, *args[1:], **kwargs)
+    else:
+        output = kwargs["input"].detach().requires_grad_()
+        value = terminal.criterion(**{**kwargs, "input": output})
+    multiple = _multiple(recorded, OutputLoss(value, output, weight, recorded.batch), share, name)
+    return OutputLoss(value if multiple == 1.0 else value * multiple, output, weight, recorded.batch)
+
+
+def _leaf(recorded: Pass) -> int:
+    """Which tensor of the model's output the loss looks at."""
+    reached = [i for i, cotangent in enumerate(recorded.cotangents) if cotangent is not None]
+    if recorded.criterion is not None:
+        reached = [recorded.criterion[2]]
+    if len(reached) != 1:
+        raise StepError(
+            f"the loss looks at {len(reached)} of the {len(recorded.leaves)} tensors that the model returns, and this "
+            "terminal needs one: use Gradient(), or a model that returns one tensor"
+        )
+    return reached[0]
+
+
+def _multiple(recorded: Pass, loss: OutputLoss, share: float, name: str) -> float:
+    """What multiple of the criterion's value this pass's part of the loss is, in units of the whole batch's mean.
+
+    The gradient that arrived at the output must be a positive multiple of the criterion's own; ``share`` is what that
+    multiple is divided by: the loss's scale, and the part of the batch that the pass is of.
+    """
+    assert recorded.criterion is not None
+    args, kwargs, i = recorded.criterion
+    arrived = recorded.cotangents[i]
+    if arrived is None:
+        return 1.0
+    given = args[0] if args else kwargs["input"]
+    own = recorded.leaves[i].laid_out(loss.gradient().detach(), given).to(arrived.dtype)
+    square = float(own.square().sum())
+    multiple = float((own * arrived).sum()) / square if square > 0 else 0.0
+    if square == 0 and not bool(arrived.any()):
+        return 1.0
+    rounding = 10 * torch.finfo(arrived.dtype).eps ** 0.5
+    if multiple <= 0 or float((arrived - multiple * own).norm()) > rounding * float(arrived.norm()):
+        if not bool(torch.isfinite(arrived).all()):
+            return 1.0  # what is not finite is refused by its own name later
+        raise StepError(
+            f"{name}(criterion): the gradient at the model's output is not that of the criterion, called once on it, "
+            "so the loss has other parts (a mixture, a second criterion, a sign): pass step() a closure that returns "
+            "the loss without calling backward, or use Gradient()"
+        )
+    multiple /= share
+    return 1.0 if abs(multiple - 1) < rounding else multiple
 
 
 def _pulled(
-    recorded: Pass, terminal: Factored, recorder: Recorder, loss: Tensor | None, step: int
+    recorded: Pass, terminal: Factored, recorder: Recorder, loss: Tensor | None, step: int, share: float
 ) -> tuple[Pass, int, torch.device]:
     """The pass with columns ``[R + 1, B, ...]`` for cotangents: ``Z``, then the gradient; their count; the device.
 
     With a cap the gradient's column is ``g / sqrt(cap)``, and has curvature too.
     """
     with recorder.muted(), torch.enable_grad():
-        at_output = _output_loss(recorded, terminal, loss)
+        at_output = _output_loss(recorded, terminal, loss, share)
         root = 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
         gradient = at_output.gradient().detach() / (at_output.weight * root)
         factor = torch.cat([terminal.factor(at_output, step).detach(), gradient[None]])
+        leaf = _leaf(recorded)
         again = recorded if loss is not None and recorded.edges and not recorded.reached else recorder.again(recorded)
-        output = again.output
-        if not isinstance(output, Tensor):
-            raise StepError(
-                f"{type(terminal).__name__} needs a model whose output is one tensor, got {type(output).__name__}"
-            )
-        edges = [edge for _, _, edge in again.edges]
+        again.criterion, given = recorded.criterion, at_output.output
         columns = [
-            torch.autograd.grad(output, edges, column.view(output.shape), retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                again.outputs[leaf],
+                [edge for _, _, edge in again.edges],
+                again.leaves[leaf].laid_out(column, given),
+                retain_graph=True,
+                allow_unused=True,
+            )
             for column in factor
         ]
     for i, (cotangents, place, _) in enumerate(again.edges):
@@ -202,18 +254,24 @@ def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:
     """Columns of each of a layer's blocks over all passes.
 
-    ``None`` if no gradient reached the layer in some pass, or its outputs do not lead with the batch.
+    ``None`` if no gradient reached the layer, or its outputs do not lead with the batch; a pass that did not use it
+    has columns of zero.
     """
-    parts = []
+    parts: list[list[Columns] | None] = []
     for one in linearised:
-        runs = [
-            run for run in one.recorded.runs if run.layer is layer.module and any(c is not None for c in run.cotangents)
-        ]
-        if not runs or any(run.misfit for run in runs):
+        runs = [run for run in one.recorded.runs if run.layer is layer.module]
+        if any(run.misfit for run in runs):
             return None
         calls = [
-            Call(run.args, run.kwargs, [None if c is None else one.columns(c) for c in run.cotangents]) for run in runs
+            Call(run.args, run.kwargs, [None if c is None else one.columns(c) for c in run.cotangents])
+            for run in runs
+            if any(c is not None for c in run.cotangents)
         ]
         uses = [layer.rule.columns(layer.module, layer.blocks, call) for call in calls]
-        parts.append([over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))])
-    return [over_batches([part[i] for part in parts]) for i in range(len(layer.blocks))]
+        parts.append([over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None)
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
+        return None
+    batches = [one.recorded.batch for one in linearised]
+    filled = [p or [block.absent(batch) for block in some] for p, batch in zip(parts, batches, strict=True)]
+    return [over_batches([part[i] for part in filled]) for i in range(len(layer.blocks))]

@@ -160,6 +160,8 @@ class DDPNOpt(torch.optim.Optimizer):
         """
         if self._closed:
             raise StepError("this optimizer was closed; make a new one to go on training")
+        for group in self.param_groups:
+            check_numbers(group)
         self._refresh_network()
         try:
             if (scale := self._loss_scale(closure)) is None:
@@ -198,8 +200,9 @@ class DDPNOpt(torch.optim.Optimizer):
         with Transaction(self._names) as transaction:
             outcome = open_loop(task) if without_feedback else closed_loop(task)
             transaction.check()
+        sizes = {block.parameters[0]: len(block.parameters) for block in task.blocks()}
         for parameter, state in outcome.states.items():
-            self.state[parameter] = state
+            self.state[parameter] = {**state, "parameters": sizes[parameter]}
         self._steps += 1
         self._failures += outcome.failures
         self._last = outcome
@@ -236,16 +239,21 @@ class DDPNOpt(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
-        return {**super().state_dict(), "steps": self._steps}
+        kind = type(self.curvature).__name__
+        return {**super().state_dict(), "steps": self._steps, "curvature": kind, "refused": dict(self._refused)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; curvature keeps the precision it was saved with.
 
         Raises:
-            ValueError: if the groups or their parameters do not match.
+            ValueError: if the groups or their parameters do not match, or the state is of another curvature.
         """
+        kind = type(self.curvature).__name__
+        if (saved_kind := state_dict.get("curvature", kind)) != kind:
+            raise ValueError(f"the state is of curvature={saved_kind}(), this optimizer has {kind}()")
         super().load_state_dict(state_dict)
         self._steps = state_dict.get("steps", 0)
+        self._refused = dict(state_dict.get("refused", {}))
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         for i, parameter in zip(saved, own, strict=True):

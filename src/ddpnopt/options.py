@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from .curvature import Curvature
 from .dense import Dense, chain_of
 from .terminal import Terminal
@@ -11,15 +13,14 @@ from .terminal import Terminal
 
 def check_numbers(group: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless a parameter group's ``lr``, ``momentum`` and ``weight_decay`` are in range."""
-    ranges = {
-        "lr": "a positive step size such as 0.1",
-        "momentum": "a number in [0, 1)",
-        "weight_decay": "a number >= 0",
-    }
+    ranges = {"lr": "a step size >= 0 such as 0.1", "momentum": "a number in [0, 1)", "weight_decay": "a number >= 0"}
     for name, wanted in ranges.items():
-        value = float(group[name])
+        given = group[name]
+        if not isinstance(given, int | float | Tensor) or (isinstance(given, Tensor) and given.numel() != 1):
+            raise ValueError(f"Invalid {name}: {given!r}; give {wanted}")
+        value = float(given)
         if not (math.isfinite(value) and value >= 0 and (name != "momentum" or value < 1)):
-            raise ValueError(f"Invalid {name}: {group[name]!r}; give {wanted}")
+            raise ValueError(f"Invalid {name}: {given!r}; give {wanted}")
 
 
 def check_chain(model: object, stages: object) -> None:

@@ -23,7 +23,7 @@ from .linearise import Linearised, TerminalValue, columns_of, joined, linearise
 from .network import Layer, Network, Stage, matrix_of
 from .rollout import forward_pass
 from .terminal import Gradient, Terminal
-from .trajectory import Pass, Recorder
+from .trajectory import Pass, Recorder, floating
 from .value import BatchPolicy, BatchValue, SampleValue
 
 Coupling = Literal["batch", "sample"] | Dense
@@ -75,6 +75,8 @@ class Task:
     def own_state(self, block: Block) -> tuple[State, Tensor | None]:
         """A block's curvature state, and its velocity."""
         state = dict(self.state.get(block.parameters[0], {}))
+        if state.pop("parameters", len(block.parameters)) != len(block.parameters):
+            return {}, None  # a bias was frozen, thawed or regrouped since: the block has another shape
         velocity = state.pop(VELOCITY, None)
         return state, velocity
 
@@ -166,8 +168,7 @@ def closed_loop(task: Task) -> Outcome:
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
     _name_the_silent(task, read, outcome)
     for block in task.blocks():
-        gradient = task.gradient(block)
-        if gradient is not None and read.isdisjoint(block.parameters):
+        if read.isdisjoint(block.parameters) and (gradient := task.gradient(block)) is not None:
             _move_alone(task, block, gradient, outcome)
 
     def apply(stage: Stage, weights: Tensor, r: Tensor | None) -> None:
@@ -198,7 +199,8 @@ def _blocks_by_stage(
 ) -> dict[Stage, list[tuple[Block, Columns]]]:
     """Blocks with their columns, by stage, in the order the stages ran."""
     stage_of = {stage.module: stage for stage in task.network.stages}
-    ran = [stage_of[module] for module in linearised[0].recorded.visits if module in stage_of]
+    visited = dict.fromkeys(module for one in linearised for module in one.recorded.visits)
+    ran = [stage_of[module] for module in visited if module in stage_of]
     found = {}
     for stage in ran:
         pairs = []
@@ -218,7 +220,8 @@ def _read(task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: O
         try:
             pairs = list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
         except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
-            reason = f"the generic rule failed ({error}): one update from the whole batch's gradient"
+            said = str(error).partition("\n")[0]
+            reason = f"the generic rule failed ({said}): one update from the whole batch's gradient"
             warnings.warn(f"{layer.name or 'the model'}, {type(layer.module).__name__}: {reason}", stacklevel=2)
             outcome.refused[layer.name] = reason
             return []
@@ -258,11 +261,13 @@ def _actual_decrease(task: Task, whole: Linearised | None, output: Any) -> Tenso
     criterion = task.terminal.criterion
     if whole is None or criterion is None or whole.recorded.criterion is None or task.recorder is None:
         return None
-    (before, *rest), kwargs = whole.recorded.criterion
-    if not isinstance(output, Tensor) or output.numel() != before.numel():
+    args, kwargs, i = whole.recorded.criterion
+    leaves = floating(output)
+    if not args or len(leaves) != len(whole.recorded.leaves) or whole.recorded.leaves[i].shape != leaves[i].shape:
         return None
+    before, *rest = args
     with torch.no_grad(), task.recorder.muted():
-        now = criterion(output.view(before.shape), *rest, **kwargs)
+        now = criterion(whole.recorded.leaves[i].seen_as(before, leaves[i]), *rest, **kwargs)
         return torch.as_tensor(criterion(before, *rest, **kwargs) - now)
 
 

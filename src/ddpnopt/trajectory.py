@@ -43,9 +43,63 @@ class Visit:
     cotangents: list[Tensor | None]
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of a model's output, weakly held, as it was when the model returned it."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(tensor: Tensor) -> "Leaf":
+        """The leaf as it is."""
+        return Leaf(weakref.ref(tensor), tensor._version, tensor.shape, tensor.stride())
+
+    def is_all_of(self, given: Tensor) -> bool:
+        """Whether ``given`` is the tensor, unchanged: itself, or all of it in another shape or order."""
+        own = self.tensor()
+        if own is None or given._version != self.version or given.numel() != own.numel():
+            return False
+        if given is own:
+            return True
+        base = given._base
+        return (
+            base is not None and (base is own or base is own._base) and given.storage_offset() == own.storage_offset()
+        )
+
+    def laid_out(self, column: Tensor, given: Tensor) -> Tensor:
+        """A column with ``given``'s shape, as one with the leaf's; ``given``: a tensor of which this is all."""
+        if given.shape == self.shape and given.stride() == self.stride:
+            return column.view(self.shape)
+        storage = column.new_empty(column.numel())
+        storage.as_strided(given.shape, given.stride()).copy_(column.view(given.shape))
+        return storage.as_strided(self.shape, self.stride)
+
+    def seen_as(self, given: Tensor, output: Tensor) -> Tensor:
+        """A new output, in the shape and order of ``given``."""
+        if given.shape == self.shape and given.stride() == self.stride:
+            return output
+        storage = output.new_empty(output.numel())
+        storage.as_strided(self.shape, self.stride).copy_(output)
+        return storage.as_strided(given.shape, given.stride())
+
+
 @dataclass(eq=False)
 class Pass:
-    """One forward pass of the model. ``edges``: where to differentiate, kept only while the graph is ours."""
+    """One forward pass of the model.
+
+    Args:
+        args, kwargs: detached; ``versions`` counts writes into them.
+        batch: length of the first tensor among them.
+        conditions: what else the pass depended on.
+        runs, visits: of layers, and of stages in the order they ran.
+        leaves: the floating-point tensors of the output.
+        cotangents: gradients at these.
+        criterion: what the criterion was last called with on one of them, and which one.
+        outputs, edges: the leaves themselves and where to differentiate, kept only while the graph is ours.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -53,9 +107,11 @@ class Pass:
     conditions: Conditions
     runs: list[Run] = field(default_factory=list)
     visits: dict[nn.Module, Visit] = field(default_factory=dict)
-    criterion: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    output_key: tuple[int, int] | None = None
-    output: Any = None
+    versions: list[int] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
+    cotangents: list[Tensor | None] = field(default_factory=list)
+    criterion: tuple[tuple[Any, ...], dict[str, Any], int] | None = None
+    outputs: list[Tensor] = field(default_factory=list)
     edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
     reached: bool = False
 
@@ -99,6 +155,7 @@ class Recorder:
         self._paused = False
         self._before_stage: BeforeStage | None = None
         self._unreached: int | None = None
+        self._batch = 0
         self._handles = self._attach(layers, stages, criterion)
         self._release = weakref.finalize(self, _remove, self._handles)
 
@@ -121,14 +178,12 @@ class Recorder:
         """Drop what passes have recorded of backward passes, and every graph that was kept."""
         for recorded in self.live:
             recorded.reached = False  # its graph may be gone through again
-            for cotangents in (
-                *(run.cotangents for run in recorded.runs),
-                *(v.cotangents for v in recorded.visits.values()),
-            ):
-                cotangents[:] = [None] * len(cotangents)
+            held: list[Pass | Run | Visit] = [recorded, *recorded.runs, *recorded.visits.values()]
+            for holder in held:
+                holder.cotangents[:] = [None] * len(holder.cotangents)
         for kept in self._kept:
             kept.edges.clear()
-            kept.output = None
+            kept.outputs.clear()
         self.live.clear()
         self._kept.clear()
         self._unreached = None
@@ -179,14 +234,18 @@ class Recorder:
     def again(self, recorded: Pass) -> Pass:
         """Record the same pass again with its graph: for columns that the first backward pass did not carry."""
         with self._as_recorded(recorded), torch.enable_grad(), self.keeping_graph() as passes:
-            output = self.model(*recorded.args, **recorded.kwargs)
+            self.model(*recorded.args, **recorded.kwargs)
         (again,) = passes
-        again.output = output
         return again
 
     @contextlib.contextmanager
     def _as_recorded(self, recorded: Pass) -> Iterator[None]:
-        unreached = self._unreached
+        if recorded.versions != _versions((recorded.args, recorded.kwargs)):
+            raise StepError(
+                "an input of the model was written into after the forward pass (by the loop, or by the model itself), "
+                "and step() needs it again: give the model a copy, x.clone(), or do not work in place on it"
+            )
+        unreached, self._batch = self._unreached, recorded.batch
         try:
             with recorded.conditions.restored(self.model):
                 yield
@@ -215,10 +274,14 @@ class Recorder:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or self._before_stage is not None or not torch.is_grad_enabled():
             return
+        if self.live and all(p.grad is None for p in self.model.parameters()):
+            self.forget()  # model.zero_grad() has dropped the gradients of a batch that was skipped
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         conditions = Conditions.now(self.model, tensors[0].device.type if tensors else "cpu")
         batch = len(tensors[0]) if tensors else 0
         self._current = Pass(_detached(args), _detached(kwargs), batch, conditions)
+        self._current.versions = _versions((args, kwargs))
+        self._batch = batch
         self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(self._current)]
         if self.model.training:
             self._unreached = batch
@@ -229,26 +292,32 @@ class Recorder:
         ended, self._current = self._current, None
         if ended is None:
             return
-        if isinstance(output, Tensor):
-            ended.output_key = _key(output)
+        outputs = floating(output)
+        ended.leaves = [Leaf.of(leaf) for leaf in outputs]
+        ended.cotangents = [None] * len(outputs)
+        self._tap(ended, outputs, ended.cotangents)
         if self._keeping:
-            ended.output = output
+            ended.outputs = outputs
 
     def _visit(self, stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused:
             return
         if self._before_stage is not None:
-            self._before_stage(stage, _floating((args, kwargs)))
+            self._before_stage(stage, self._state((args, kwargs)))
         elif self._current is not None and stage not in self._current.visits and torch.is_grad_enabled():
-            inputs = _floating((args, kwargs))
+            inputs = self._state((args, kwargs))
             visit = Visit([x.detach() for x in inputs], [None] * len(inputs))
             self._current.visits[stage] = visit
             self._tap(self._current, inputs, visit.cotangents)
 
+    def _state(self, tree: Any) -> list[Tensor]:
+        """The floating-point inputs that lead with the batch: others (a bias, a mask) belong to no sample."""
+        return [x for x in floating(tree) if x.ndim and len(x) == self._batch]
+
     def _ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._paused or self._current is None or self._before_stage is not None or not torch.is_grad_enabled():
             return
-        outputs = _floating(output)
+        outputs = floating(output)
         misfit = any(out.ndim < 1 or len(out) != self._current.batch for out in outputs)
         run = Run(layer, _detached(args), _detached(kwargs), [None] * len(outputs), misfit)
         self._current.runs.append(run)
@@ -273,14 +342,14 @@ class Recorder:
             self.live.append(into)
 
     def _criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        output = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        if output is None or self._muted:
+        given = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if given is None or self._muted or self._paused:
             return
-        for ref in reversed(self._begun):
-            recorded = ref()
-            if recorded is not None and recorded.output_key == _key(output):
-                recorded.criterion = _detached(args), _detached(kwargs)
-                return
+        for recorded in (ref() for ref in reversed(self._begun)):
+            for i, leaf in enumerate(recorded.leaves if recorded else ()):
+                if recorded and leaf.is_all_of(given):
+                    recorded.criterion = _detached(args), _detached(kwargs), i
+                    return
 
 
 class _Tap:
@@ -299,11 +368,13 @@ def _remove(handles: list[RemovableHandle]) -> None:
         handle.remove()
 
 
-def _key(output: Tensor) -> tuple[int, int]:
-    return output.data_ptr(), output.numel()
+def _versions(tree: Any) -> list[int]:
+    tensors = (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _floating(tree: Any) -> list[Tensor]:
+def floating(tree: Any) -> list[Tensor]:
+    """The floating-point tensors in nested tuples, lists and dictionaries."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

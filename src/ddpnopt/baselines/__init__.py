@@ -2,5 +2,6 @@
 
 from ddpnopt.baselines.ekfac import EKFAC
 from ddpnopt.baselines.emsa import EMSA
+from ddpnopt.baselines.vanilla_ddp import VanillaDDP
 
-__all__ = ["EKFAC", "EMSA"]
+__all__ = ["EKFAC", "EMSA", "VanillaDDP"]

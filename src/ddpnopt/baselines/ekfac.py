@@ -206,7 +206,7 @@ class EKFAC(Optimizer):
                 self._passes.setdefault(name, []).append(seen)
             seen[1:] = [sum(seen[1:], v.detach())]  # a retained graph may be run through twice
 
-        output.register_hook(keep)  # type: ignore[no-untyped-call]
+        output.register_hook(keep)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

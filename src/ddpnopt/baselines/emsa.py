@@ -129,7 +129,7 @@ class Chain:
                 self.passes.append(entered)
             entered.gradient = gradient.detach() if entered.gradient is None else entered.gradient + gradient
 
-        output.register_hook(keep)  # type: ignore[no-untyped-call]
+        output.register_hook(keep)
 
     def take(self) -> tuple[Pass, Tensor]:
         """The pass since the last step and its gradient; ``ValueError`` unless there is exactly one."""
@@ -256,9 +256,9 @@ class EMSA(Optimizer):
             raise ValueError(f"EMSA needs inner_iterations >= 1 but got {inner_iterations!r}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"EMSA needs reduction 'mean' or 'sum' but got {reduction!r}")
+        self._chain = Chain(model)
         super().__init__(model.parameters(), group)
         self._iterations, self._mean = inner_iterations, reduction == "mean"
-        self._chain = Chain(model)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
