@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ddpnopt.baselines import EMSA
-from ddpnopt.baselines.emsa import cast, hamiltonian, objective
+from ddpnopt.baselines.chain import cast
+from ddpnopt.baselines.emsa import hamiltonian, objective
 
 
 def mlp() -> nn.Sequential:

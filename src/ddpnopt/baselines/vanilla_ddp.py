@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from ddpnopt.baselines.emsa import Chain, Pass, Visit, cast
+from ddpnopt.baselines.chain import Chain, Pass, Visit, cast
 
 DTYPE = torch.float64
 
