@@ -33,7 +33,7 @@ from .errors import StepError
 from .layers import Block, Call
 from .linearise import Linearised, TerminalValue, joined
 from .network import Layer, Network, Stage
-from .trajectory import Run, Visit
+from .passes import Run, Visit
 from .value import DensePolicy, SampleValue
 
 OTHERWISE = "use coupling='batch' or coupling='sample', which take any model"

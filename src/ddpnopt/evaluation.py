@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .errors import StepError
 from .network import Network
-from .trajectory import Pass, Recorder
+from .passes import Pass
+from .trajectory import Recorder
 
 
 @dataclass(frozen=True)

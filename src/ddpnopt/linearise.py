@@ -12,8 +12,9 @@ from .columns import Columns, over_batches, over_uses
 from .errors import StepError
 from .layers import Call
 from .network import Layer
+from .passes import Pass, Visit
 from .terminal import Factored, OutputLoss, RankOne, Terminal
-from .trajectory import Pass, Recorder, Visit
+from .trajectory import Recorder
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from .dense import Dense, sweep
 from .layers import Block
 from .linearise import Linearised, TerminalValue, columns_of, joined, linearise
 from .network import Layer, Network, Stage, matrix_of
+from .passes import Pass, floating
 from .rollout import forward_pass
 from .terminal import Gradient, Terminal
-from .trajectory import Pass, Recorder, floating
+from .trajectory import Recorder
 from .value import BatchPolicy, BatchValue, SampleValue
 
 Coupling = Literal["batch", "sample"] | Dense

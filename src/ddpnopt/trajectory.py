@@ -8,113 +8,17 @@ nobody differentiates nor a model that outlives its optimizer leaks.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from .conditions import Conditions
 from .errors import StepError
-
-
-@dataclass(eq=False)
-class Run:
-    """One run of a layer: detached inputs, and gradients at its floating-point outputs (``None`` until they come).
-
-    ``misfit``: its outputs do not lead with the batch, so that no column belongs to one sample.
-    """
-
-    layer: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    cotangents: list[Tensor | None]
-    misfit: bool
-
-
-@dataclass(eq=False)
-class Visit:
-    """A stage's state at its first run: floating-point inputs (detached), and the gradients at them."""
-
-    inputs: list[Tensor]
-    cotangents: list[Tensor | None]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One tensor of a model's output, weakly held, as it was when the model returned it."""
-
-    tensor: weakref.ref[Tensor]
-    version: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-
-    @staticmethod
-    def of(tensor: Tensor) -> "Leaf":
-        """The leaf as it is."""
-        return Leaf(weakref.ref(tensor), tensor._version, tensor.shape, tensor.stride())
-
-    def is_all_of(self, given: Tensor) -> bool:
-        """Whether ``given`` is the tensor, unchanged: itself, or all of it in another shape or order."""
-        own = self.tensor()
-        if own is None or given._version != self.version or given.numel() != own.numel():
-            return False
-        if given is own:
-            return True
-        base = given._base
-        return (
-            base is not None and (base is own or base is own._base) and given.storage_offset() == own.storage_offset()
-        )
-
-    def laid_out(self, column: Tensor, given: Tensor) -> Tensor:
-        """A column with ``given``'s shape, as one with the leaf's; ``given``: a tensor of which this is all."""
-        if given.shape == self.shape and given.stride() == self.stride:
-            return column.view(self.shape)
-        storage = column.new_empty(column.numel())
-        storage.as_strided(given.shape, given.stride()).copy_(column.view(given.shape))
-        return storage.as_strided(self.shape, self.stride)
-
-    def seen_as(self, given: Tensor, output: Tensor) -> Tensor:
-        """A new output, in the shape and order of ``given``."""
-        if given.shape == self.shape and given.stride() == self.stride:
-            return output
-        storage = output.new_empty(output.numel())
-        storage.as_strided(self.shape, self.stride).copy_(output)
-        return storage.as_strided(given.shape, given.stride())
-
-
-@dataclass(eq=False)
-class Pass:
-    """One forward pass of the model.
-
-    Args:
-        args, kwargs: detached; ``versions`` counts writes into them.
-        batch: length of the first tensor among them.
-        conditions: what else the pass depended on.
-        runs, visits: of layers, and of stages in the order they ran.
-        leaves: the floating-point tensors of the output.
-        cotangents: gradients at these.
-        criterion: what the criterion was last called with on one of them, and which one.
-        outputs, edges: the leaves themselves and where to differentiate, kept only while the graph is ours.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    batch: int
-    conditions: Conditions
-    runs: list[Run] = field(default_factory=list)
-    visits: dict[nn.Module, Visit] = field(default_factory=dict)
-    versions: list[int] = field(default_factory=list)
-    leaves: list[Leaf] = field(default_factory=list)
-    cotangents: list[Tensor | None] = field(default_factory=list)
-    criterion: tuple[tuple[Any, ...], dict[str, Any], int] | None = None
-    outputs: list[Tensor] = field(default_factory=list)
-    edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
-    reached: bool = False
-
+from .passes import Leaf, Pass, Run, Visit, detached, floating, versions
 
 BeforeStage = Callable[[nn.Module, list[Tensor]], None]
 
@@ -240,7 +144,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _as_recorded(self, recorded: Pass) -> Iterator[None]:
-        if recorded.versions != _versions((recorded.args, recorded.kwargs)):
+        if recorded.versions != versions((recorded.args, recorded.kwargs)):
             raise StepError(
                 "an input of the model was written into after the forward pass (by the loop, or by the model itself), "
                 "and step() needs it again: give the model a copy, x.clone(), or do not work in place on it"
@@ -279,8 +183,8 @@ class Recorder:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         conditions = Conditions.now(self.model, tensors[0].device.type if tensors else "cpu")
         batch = len(tensors[0]) if tensors else 0
-        self._current = Pass(_detached(args), _detached(kwargs), batch, conditions)
-        self._current.versions = _versions((args, kwargs))
+        self._current = Pass(detached(args), detached(kwargs), batch, conditions)
+        self._current.versions = versions((args, kwargs))
         self._batch = batch
         self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(self._current)]
         if self.model.training:
@@ -319,7 +223,7 @@ class Recorder:
             return
         outputs = floating(output)
         misfit = any(out.ndim < 1 or len(out) != self._current.batch for out in outputs)
-        run = Run(layer, _detached(args), _detached(kwargs), [None] * len(outputs), misfit)
+        run = Run(layer, detached(args), detached(kwargs), [None] * len(outputs), misfit)
         self._current.runs.append(run)
         self._tap(self._current, outputs, run.cotangents)
 
@@ -348,7 +252,7 @@ class Recorder:
         for recorded in (ref() for ref in reversed(self._begun)):
             for i, leaf in enumerate(recorded.leaves if recorded else ()):
                 if recorded and leaf.is_all_of(given):
-                    recorded.criterion = _detached(args), _detached(kwargs), i
+                    recorded.criterion = detached(args), detached(kwargs), i
                     return
 
 
@@ -366,17 +270,3 @@ class _Tap:
 def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _versions(tree: Any) -> list[int]:
-    tensors = (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def floating(tree: Any) -> list[Tensor]:
-    """The floating-point tensors in nested tuples, lists and dictionaries."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _detached(tree: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
