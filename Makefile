@@ -18,8 +18,10 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## learning-rate robustness tables of docs/results.md (about an hour; resumable)
+bench: $(READY)  ## the pages of docs/results: robustness, convnet, step time (about an hour; resumable)
 	$(BIN)/python benchmarks/robustness.py
+	$(BIN)/python benchmarks/convnet.py
+	$(BIN)/python benchmarks/step_time.py
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
