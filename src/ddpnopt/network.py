@@ -140,5 +140,5 @@ def _stages(
 
 
 def matrix_of(block: Block, tensors: Sequence[Tensor]) -> Tensor:
-    """Detached copy of a block's tensors as its matrix."""
+    """A block's tensors, detached, as its matrix: a view where the block is one tensor, else a copy."""
     return block.matrix([tensor.detach() for tensor in tensors])
