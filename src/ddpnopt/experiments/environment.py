@@ -42,12 +42,18 @@ def version(package: str) -> str | None:
 
 
 @lru_cache
-def code() -> str:
-    """Fingerprint (12 hexadecimal digits) of every source file that can change a run's numbers."""
+def code(modules: tuple[str, ...] = _DECIDES_NUMBERS) -> str:
+    """Fingerprint (12 hexadecimal digits) of the source files that can change a run's numbers.
+
+    Args:
+        modules: of ``experiments``, without ``.py``, that count beside the whole library; default those of
+            ``ddpnopt train``.
+    """
     total = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         place = path.relative_to(_PACKAGE)
-        if place.parts[0] != "experiments" or place.stem in _DECIDES_NUMBERS:
+        own = place.relative_to("experiments").with_suffix("") if place.parts[0] == "experiments" else None
+        if own is None or own.as_posix() in modules or own.parts[0] in modules:
             total.update(f"{place.as_posix()}\0".encode() + path.read_bytes())
     return total.hexdigest()[:12]
 

@@ -68,9 +68,14 @@ def batches(config: TrainConfig, samples: int, first: int = 0) -> Iterator[Tenso
     """
     per_epoch, size = _steps_per_epoch(config, samples), int(config.batch_size or 0)
     for epoch in range(first // per_epoch, int(config.epochs or 0)):
-        mixed = int(np.random.SeedSequence([config.seed, epoch]).generate_state(1, np.uint64)[0])
-        order = torch.randperm(samples, generator=torch.Generator().manual_seed(mixed >> 1))
-        yield from torch.split(order, size)[max(0, first - epoch * per_epoch) :]
+        shuffled = order(samples, config.seed, epoch)
+        yield from torch.split(shuffled, size)[max(0, first - epoch * per_epoch) :]
+
+
+def order(samples: int, seed: int, epoch: int) -> Tensor:
+    """Return the numbers 0 to ``samples - 1`` in the order of an epoch, a pure function of seed and epoch."""
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0])
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(mixed >> 1))
 
 
 def evaluate(model: nn.Module, criterion: nn.Module, part: Part) -> tuple[float, float]:

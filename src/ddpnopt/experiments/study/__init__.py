@@ -1,0 +1,1 @@
+"""Runs as rows of one database: planned, claimed by workers, finished once."""
