@@ -34,7 +34,7 @@ class CompareConfig:
     """What to compare."""
 
     dataset: DatasetArgument = ""
-    """wine, iris, digits, digits-images or fashion-mnist."""
+    """wine, iris, digits, digits-images, mnist, fashion-mnist, cifar10, svhn or cifar100; see `ddpnopt data list`."""
 
     optimizers: tuple[OptimizerName, ...] = ("ddpnopt", "sgd", "rmsprop", "adam")
     """Which optimizers."""

@@ -46,7 +46,7 @@ class TrainConfig:
     """Everything that decides a run's numbers; None stands for a default that depends on other settings."""
 
     dataset: DatasetArgument = ""
-    """wine, iris, digits, digits-images or fashion-mnist."""
+    """wine, iris, digits, digits-images, mnist, fashion-mnist, cifar10, svhn or cifar100; see `ddpnopt data list`."""
 
     model: data.ModelName | None = None
     """fcn: the paper's 5 dense layers. cnn: a small convolutional network. None: by dataset."""
@@ -82,10 +82,10 @@ class TrainConfig:
     """ddpnopt only: whether a layer answers to the change of its input during the second forward pass."""
 
     batch_size: int | None = None
-    """Samples per step. None: 16, for fashion-mnist 128."""
+    """Samples per step. None: 16 for wine, iris and digits, else 128."""
 
     epochs: int | None = None
-    """Passes over the training data. None: 20 for wine and iris, 5 for digits, 1 for fashion-mnist."""
+    """Passes over the training data. None: 20 for wine and iris, 5 for digits, else 1."""
 
     seed: int = 0
     """Seed of the initial weights and of the order of the samples (the data split is fixed)."""

@@ -13,7 +13,7 @@ import torch
 import ddpnopt
 
 _PACKAGE = Path(ddpnopt.__file__).parent
-_DECIDES_NUMBERS = ("config", "data", "idx", "job", "models", "optimizers", "train")  # of experiments/
+_DECIDES_NUMBERS = ("config", "data", "job", "models", "optimizers", "train")  # of experiments/
 
 
 def environment(threads: int) -> dict[str, Any]:

@@ -54,3 +54,17 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float], level:
     if len(values) != len(baseline):
         raise ValueError(f"pairs need as many values as baselines, but there are {len(values)} and {len(baseline)}")
     return mean_interval([a - b for a, b in zip(values, baseline, strict=True)], level)
+
+
+def paired_p(values: Sequence[float], baseline: Sequence[float]) -> float:
+    """Two-sided p-value of the paired t test that ``values`` and ``baseline`` have equal means.
+
+    NaN for fewer than two pairs; 1 where all differences are 0, and 0 where they are equal but not 0.
+    """
+    difference = paired_difference(values, baseline)
+    if difference.count < 2:
+        return math.nan
+    if difference.half == 0:
+        return 0.0 if difference.mean else 1.0
+    error = difference.half / float(student.ppf(0.975, difference.count - 1))
+    return float(2 * student.sf(abs(difference.mean) / error, difference.count - 1))

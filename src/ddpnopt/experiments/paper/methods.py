@@ -92,8 +92,13 @@ def _vanilla(setup: Setup, params: Params) -> torch.optim.Optimizer:
 
 
 def _batch(setup: Setup, params: Params) -> torch.optim.Optimizer:
-    curvature = ddpnopt.Kronecker(damping=params["damping"])
-    return ddpnopt.DDPNOpt(setup.model, params["lr"], curvature=curvature, weight_decay=setup.weight_decay)
+    return ddpnopt.DDPNOpt(
+        setup.model,
+        params["lr"],
+        curvature=ddpnopt.Kronecker(damping=params["damping"]),
+        feedback=bool(params.get("feedback", 1.0)),
+        weight_decay=setup.weight_decay,
+    )
 
 
 def _published(
@@ -142,7 +147,7 @@ METHODS: Mapping[str, Method] = {
     "rmsprop": Method("RMSprop", "standard", {"lr": _ADAPTIVE}, _rmsprop),
     "adam": Method("Adam", "standard", {"lr": _ADAPTIVE}, _adam),
     "ekfac": Method("EKFAC", "standard", _KRONECKER, _ekfac),
-    "emsa": Method("E-MSA", "control", {"lr": (0.3, 1.0), "rho": (0.01, 0.1, 1.0, 10.0)}, _emsa),
+    "emsa": Method("E-MSA", "control", {"lr": (1.0, 0.3), "rho": (0.1, 1.0, 10.0, 100.0)}, _emsa),
     "vanilla": Method("vanilla DDP", "control", {"lr": (0.01, 0.1, 1.0, 10.0), "damping": (0.03, 1.0)}, _vanilla),
     **dict(_readings()),
     "batch": Method(

@@ -51,7 +51,7 @@ PROBLEMS: Mapping[str, Problem] = {
     "wine-fcn": Problem("wine", "fcn", 16, "tanh", 16, 160, 80, _row(94.35, 98.10, 98.13, 94.60, 93.56, 98.00, 98.18)),
     "iris-fcn": Problem("iris", "fcn", 16, "tanh", 16, 160, 80, {}),
     "digits-fcn": Problem(
-        "digits", "fcn", 32, "tanh", 16, 400, 100, _row(95.36, 94.33, 94.98, 95.24, 94.87, 91.68, 95.13)
+        "digits", "fcn", 32, "tanh", 16, 400, 200, _row(95.36, 94.33, 94.98, 95.24, 94.87, 91.68, 95.13)
     ),
     "mnist-fcn": Problem(
         "mnist", "fcn", 32, "relu", 32, 800, 100, _row(92.65, 91.89, 92.54, 92.73, 90.24, 90.42, 93.30)

@@ -80,3 +80,8 @@ class Section:
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     verdicts: Sequence[Verdict] = ()
+
+
+def paragraphs(text: str) -> list[str]:
+    """Split a text at its blank lines; inside a paragraph line breaks become spaces."""
+    return [" ".join(part.split()) for part in text.strip().split("\n\n")]

@@ -1,0 +1,276 @@
+"""Table 3: test accuracy of every method on every problem, and what it says about two of the paper's claims."""
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import mean
+
+from ddpnopt.experiments.data import source
+from ddpnopt.experiments.paper.methods import METHODS, Family
+from ddpnopt.experiments.paper.problems import PROBLEMS, Problem
+from ddpnopt.experiments.paper.table3_runs import (
+    FULL,
+    OWN,
+    QUICK,
+    QUICK_PROBLEMS,
+    UNTUNED_MARK,
+    Effort,
+    Entry,
+    Row,
+    rows,
+)
+from ddpnopt.experiments.report.claims import CLAIMS
+from ddpnopt.experiments.report.plots import accuracy_figure
+from ddpnopt.experiments.report.section import Form, Judgement, Picture, Section, Table, Verdict, paragraphs
+from ddpnopt.experiments.report.tables import number
+from ddpnopt.experiments.stats import Interval, paired_difference, paired_p
+from ddpnopt.experiments.study.lab import Lab
+
+MARGIN = 0.5  # points that a competitive method may be behind, on the mean over problems
+_TEXT = f"""
+The paper's Table 3 gives the test accuracy of seven methods on seven problems as means of ten seeds, without
+deviations, numbers of steps, splits or learning rates. Here every method gets the same number of combinations of
+hyper-parameters and the same seeds; they are chosen by validation accuracy (the lower train loss breaks ties) on
+seeds that are not reported. Test data chooses nothing. Runs are paired: a seed fixes initial weights and order of the
+samples.
+
+DDPNOpt as published is run in both readings of what a sample's value function belongs to: the sample's own loss
+(policies are averaged), or its share 1/B of the mean loss, which is what back-propagation of a mean hands to each
+sample (policies are added). Without feedback the two are the same optimizer. The paper used the curvature of RMSprop
+on dense networks and a Kronecker one on convolution networks; all three are run.
+
+Vanilla DDP is computed in the coordinates of the batch's columns, which gives the dense method's step to rounding
+(tests/experiments/test_table3.py) at a cost that can be paid; the paper could not run it on convolution networks, and
+neither is it run there here.
+
+Rules of the verdicts. The published form is represented by the paper's choice of curvature, in the reading with the
+better validation accuracy; the batch form by itself. Opponent is, on each problem, the rival with the highest mean
+test accuracy. 'Outperforms the methods from optimal control' holds if the paired 95 % interval lies above zero on
+more than half of the problems and below zero on none. 'Competitive with first- and second-order methods' holds if it
+lies below zero on fewer than half of the problems and the difference is above -{MARGIN} points on average over
+problems.
+"""
+
+
+def run(lab: Lab, quick: bool) -> Section:
+    """Tune every method on every problem whose data is at hand, run the seeds, and report."""
+    return section(rows(lab, QUICK_PROBLEMS if quick else tuple(PROBLEMS), quick), quick)
+
+
+def section(found: Sequence[Row], quick: bool) -> Section:
+    """Say what the rows show."""
+    done = [row for row in found if row.entries]
+    return Section(
+        name="table3",
+        title="Table 3: accuracy of every method on every problem",
+        text=list(_text(done, quick)),
+        facts=list(_facts(found, quick)),
+        tables=[*([_summary(done), _reported(done)] if done else []), *map(_details, done), _cut(found, quick)],
+        pictures=[_picture(row) for row in done],
+        verdicts=[verdict for form in ("published", "batch") for verdict in _verdicts(done, form)],
+    )
+
+
+def label(name: str) -> str:
+    """Return an entry's name in tables."""
+    method = METHODS[name.removesuffix(UNTUNED_MARK)].label
+    return f"{method}, untuned" if name.endswith(UNTUNED_MARK) else method
+
+
+def title(problem: str) -> str:
+    """Return a problem's name in tables."""
+    own = PROBLEMS[problem]
+    return f"{source(own.dataset).title}, {own.network.upper()}"
+
+
+def reported(problem: Problem, name: str) -> float | None:
+    """Accuracy the paper reports for a method, in percent; its own method used M of RMSprop or, on pictures, EKFAC."""
+    adapted = "rmsprop" if problem.network == "fcn" else "ekfac"
+    return problem.paper.get("published" if name in (f"own-{adapted}", f"share-{adapted}") else name)
+
+
+def difference(entry: Entry, other: Entry) -> Interval:
+    """Points of test accuracy between two entries, paired by seed."""
+    return paired_difference(entry.tests, other.tests).scaled(100)
+
+
+def strongest(row: Row, family: Family) -> Entry:
+    """Entry of a family with the highest mean test accuracy: test data may choose a rival, since that only helps it."""
+    own = [entry for entry in row.entries if _family(entry) == family]
+    return max(own, key=lambda entry: entry.accuracy.mean)
+
+
+def representative(row: Row, form: Form) -> Entry:
+    """Entry that stands for a form of DDPNOpt: of the published one, the paper's M, read as validation has it."""
+    if form == "batch":
+        return _entry(row, OWN)
+    adapted = "rmsprop" if PROBLEMS[row.problem].network == "fcn" else "ekfac"
+    readings = [_entry(row, f"own-{adapted}"), _entry(row, f"share-{adapted}")]
+    return max(readings, key=lambda entry: entry.tuned or 0.0)
+
+
+def _entry(row: Row, name: str) -> Entry:
+    return next(entry for entry in row.entries if entry.name == name)
+
+
+def _family(entry: Entry) -> Family | None:
+    return None if entry.name.endswith(UNTUNED_MARK) else METHODS[entry.name].family
+
+
+def _verdicts(found: Sequence[Row], form: Form) -> Iterator[Verdict]:
+    """The two claims about accuracy, by the rules that :func:`_text` states."""
+    families: tuple[tuple[str, Family], ...] = ((CLAIMS[0], "control"), (CLAIMS[1], "standard"))
+    for claim, family in families:
+        compared = [(row, difference(representative(row, form), strongest(row, family))) for row in found]
+        better = sum(points.low > 0 for _, points in compared)
+        worse = sum(points.high < 0 for _, points in compared)
+        behind = f"{worse} of {len(compared)} problems significantly below, {better} significantly above"
+        average = mean(points.mean for _, points in compared) if compared else math.nan
+        if not compared or any(math.isnan(points.half) for _, points in compared):
+            judgement: Judgement = "cannot be tested here"
+        elif family == "control":
+            judgement = "holds" if worse == 0 and 2 * better > len(compared) else "does not hold"
+        else:
+            judgement = "holds" if 2 * worse < len(compared) and average > -MARGIN else "does not hold"
+        words = "; ".join(
+            f"{title(row.problem)} {number(points, 1, sign=True)} against {label(strongest(row, family).name)}"
+            for row, points in compared
+        )
+        yield Verdict(claim, form, judgement, f"{behind}, {average:+.1f} points on average. {words}.")
+
+
+def _text(found: Sequence[Row], quick: bool) -> Iterator[str]:
+    yield from paragraphs(_TEXT)
+    if found and not quick:
+        own = [(row, difference(_entry(row, OWN + UNTUNED_MARK), strongest(row, "standard"))) for row in found]
+        words = "; ".join(f"{title(row.problem)} {number(points, 1, sign=True)}" for row, points in own)
+        yield f"The batch form untuned, at the library's defaults, against the best tuned standard method: {words}."
+
+
+def _facts(found: Sequence[Row], quick: bool) -> Iterator[tuple[str, str]]:
+    for network, effort in {"quick": QUICK}.items() if quick else FULL.items():
+        yield f"budget, {network}", _words(effort)
+    for row in found:
+        own = PROBLEMS[row.problem]
+        width = f", width {own.width}, {own.activation.title()}" if own.network == "fcn" else ", 32 channels, ReLU"
+        yield title(row.problem), f"{row.steps} steps of {own.batch_size} samples{width}" if row.entries else "not run"
+    yield "settings", "no weight decay, constant learning rate, no augmentation; one thread"
+
+
+def _words(effort: Effort) -> str:
+    seeds = f"{effort.tuning_seeds} tuning seed{'s' * (effort.tuning_seeds > 1)}"
+    steps = "" if effort.steps is None else f", {effort.steps} steps"
+    return f"{effort.trials} combinations of hyper-parameters on {seeds}, then {effort.seeds} seeds, a method{steps}"
+
+
+def _names(found: Sequence[Row]) -> list[str]:
+    return [name for method in METHODS for name in _with_untuned(method) if any(_has(row, name) for row in found)]
+
+
+def _with_untuned(method: str) -> tuple[str, ...]:
+    return (method, method + UNTUNED_MARK) if method == OWN else (method,)
+
+
+def _has(row: Row, name: str) -> bool:
+    return any(entry.name == name for entry in row.entries)
+
+
+def _summary(found: Sequence[Row]) -> Table:
+    best = {row.problem: max(row.entries, key=lambda entry: entry.accuracy.mean).name for row in found}
+
+    def cell(row: Row, name: str) -> str:
+        text = number(_entry(row, name).accuracy, 1) if _has(row, name) else "not run"
+        return f"{text} *" if best[row.problem] == name else text
+
+    return Table(
+        "Test accuracy, %",
+        ["", *(title(row.problem) for row in found)],
+        [[label(name), *(cell(row, name) for row in found)] for name in _names(found)],
+        "Mean over seeds ± half of a 95 % t interval. * highest mean of its column, which need not mean anything.",
+    )
+
+
+def _reported(found: Sequence[Row]) -> Table:
+    def cell(row: Row, name: str) -> str:
+        value = reported(PROBLEMS[row.problem], name)
+        return "–" if value is None else f"{value:.2f}"
+
+    names = [name for name in _names(found) if any(cell(row, name) != "–" for row in found)]
+    return Table(
+        "The paper's figures, %",
+        ["", *(title(row.problem) for row in found)],
+        [[label(name), *(cell(row, name) for row in found)] for name in names],
+        "Liu, Chen, Theodorou, ICLR 2021, Table 3, mean of ten seeds; budgets and splits differ from those here. Its "
+        "DDPNOpt stands beside both readings.",
+    )
+
+
+def _details(row: Row) -> Table:
+    problem, opponent = PROBLEMS[row.problem], strongest(row, "standard")
+
+    def cells(entry: Entry) -> list[str]:
+        paper = reported(problem, entry.name)
+        return [
+            label(entry.name),
+            ", ".join(f"{name} {value:g}" for name, value in entry.params.items()),
+            "" if entry.tuned is None else f"{100 * entry.tuned:.1f}",
+            number(entry.accuracy, 2),
+            "" if paper is None else f"{paper:.2f}",
+            "" if entry is opponent else number(difference(entry, opponent), 2, sign=True),
+            "" if entry is opponent else f"{paired_p(entry.tests, opponent.tests):.3f}",
+            str(entry.diverged),
+            f"{entry.seconds:.1f}",
+        ]
+
+    return Table(
+        title(row.problem),
+        [
+            "",
+            "chosen",
+            "validation, %",
+            "test, %",
+            "paper, %",
+            "points against best standard",
+            "p",
+            "diverged",
+            "s per run",
+        ],
+        [cells(entry) for entry in row.entries],
+        f"{_words(row.effort)}; {row.steps} steps. Best standard method: {label(opponent.name)}. p: paired t test. "
+        "Diverged: seeds whose loss or step was not finite; they count with their last weights.",
+    )
+
+
+def _cut(found: Sequence[Row], quick: bool) -> Table:
+    """What was not run at the full effort of the dense networks, and what that would take."""
+    wanted = FULL["FCN on tables"]
+    lines = []
+    for row in found:
+        runs = wanted.trials * wanted.tuning_seeds + wanted.seeds
+        if row.missing is not None:
+            lines.append([title(row.problem), row.missing, ""])
+        elif row.effort != wanted:
+            hours = sum(entry.seconds for entry in row.entries if entry.tuned is not None) * runs / 3600
+            lines.append(
+                [title(row.problem), _words(row.effort), f"{hours * PROBLEMS[row.problem].steps / row.steps:.1f}"]
+            )
+    if quick:
+        left = [name for name in PROBLEMS if name not in {row.problem for row in found}]
+        lines += [[title(name), "not part of a quick run", ""] for name in left]
+    return Table(
+        "What was cut",
+        ["", "why, or how far it was run", "core-hours at full effort"],
+        lines,
+        f"Full effort: {_words(wanted)}. Hours follow from the seconds measured here, one core.",
+    )
+
+
+def _picture(row: Row) -> Picture:
+    return Picture(
+        f"accuracy-{row.problem}",
+        f"Test accuracy on {title(row.problem)}, seed by seed",
+        accuracy_figure(
+            {label(entry.name): entry.tests for entry in row.entries},
+            {label(entry.name): entry.accuracy.scaled(0.01) for entry in row.entries},
+        ),
+        "Rings: seeds, equal ones stacked. Diamonds: mean with 95 % interval.",
+    )

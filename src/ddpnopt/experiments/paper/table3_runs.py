@@ -1,0 +1,188 @@
+"""The runs behind Table 3: every method tuned with one budget on every problem, then run over paired seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ddpnopt.experiments.paper import availability
+from ddpnopt.experiments.paper.kinds import task
+from ddpnopt.experiments.paper.methods import METHODS
+from ddpnopt.experiments.paper.problems import PROBLEMS
+from ddpnopt.experiments.stats import Interval, mean_interval
+from ddpnopt.experiments.study.lab import Grid, Lab, Params
+from ddpnopt.experiments.study.task import Result, Task
+
+_TABLES = ("wine", "iris", "digits")
+OWN, UNTUNED_MARK = "batch", "-untuned"
+UNTUNED: Params = {"lr": 0.1, "damping": 0.1}  # the library's defaults
+_TIE, _WORST_LOSS = 1e-6, 1000.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent on a problem, the same for each method.
+
+    Attributes:
+        trials: combinations of hyper-parameters tried, evenly thinned from a method's eight.
+        tuning_seeds: seeds each is tried on; never among those reported.
+        seeds: number of seeds reported: 0, 1, 2, ...
+        steps: of each run; None (default) is the problem's own number.
+    """
+
+    trials: int
+    tuning_seeds: int
+    seeds: int
+    steps: int | None = None
+
+
+FULL: Mapping[str, Effort] = {
+    "FCN on tables": Effort(8, 2, 10),
+    "FCN on pictures": Effort(4, 1, 10, steps=500),
+    "CNN": Effort(3, 1, 3, steps=40),
+}
+QUICK = Effort(3, 1, 3)
+QUICK_PROBLEMS = ("wine-fcn", "digits-fcn", "mnist-fcn")
+FIRST_TUNING_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method on one problem.
+
+    Attributes:
+        name: key of the method, with ``"-untuned"`` where its hyper-parameters are the library's defaults.
+        params: hyper-parameters it was run with.
+        tuned: the highest validation accuracy of the search, 0 to 1; None without one.
+        tests: test accuracy of each seed, 0 to 1.
+        diverged: number of seeds whose loss or step was not finite; they count with their last weights.
+        seconds: of a run, mean over seeds.
+    """
+
+    name: str
+    params: Params
+    tuned: float | None
+    tests: tuple[float, ...]
+    diverged: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> Interval:
+        """Mean and 95 % interval of the test accuracy, in percent."""
+        return mean_interval(self.tests).scaled(100)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem: what was spent and what each method reached; ``missing`` says why it was not run."""
+
+    problem: str
+    effort: Effort
+    steps: int
+    entries: tuple[Entry, ...]
+    missing: str | None = None
+
+
+def rows(lab: Lab, names: Sequence[str], quick: bool) -> list[Row]:
+    """Return the rows of the table, one a problem."""
+    missing = {name: availability.missing(PROBLEMS[name].dataset) for name in names}
+    plan = [(name, method) for name in names if missing[name] is None for method in methods(name)]
+    tuned: dict[str, float] = {}
+
+    def values(asked: list[tuple[str, Params]]) -> list[float]:
+        scores = _scores(lab, asked, quick)
+        for (search, _), score in zip(asked, scores, strict=True):
+            tuned[search] = max(score, tuned.get(search, -math.inf))
+        return scores
+
+    grids = {f"{name}/{method}": thinned(METHODS[method].grid, effort(name, quick).trials) for name, method in plan}
+    chosen = lab.search(grids, values)
+    runs = [(name, method, method, chosen[f"{name}/{method}"]) for name, method in plan]
+    runs += [(name, f"{OWN}{UNTUNED_MARK}", OWN, UNTUNED) for name in names if missing[name] is None]
+    results = iter(
+        lab.execute(
+            [
+                _task(name, method, params, seed, quick)
+                for name, _, method, params in runs
+                for seed in range(effort(name, quick).seeds)
+            ]
+        )
+    )
+    entries: dict[str, list[Entry]] = {name: [] for name in names}
+    for name, label, method, params in runs:
+        own = [next(results) for _ in range(effort(name, quick).seeds)]
+        validation = tuned.get(f"{name}/{method}") if label == method else None
+        entries[name].append(_entry(label, params, validation, own))
+    return [Row(name, effort(name, quick), steps(name, quick), tuple(entries[name]), missing[name]) for name in names]
+
+
+def methods(problem: str) -> tuple[str, ...]:
+    """Methods run on a problem: all, but vanilla DDP, as in the paper, only where the network is dense."""
+    return tuple(name for name in METHODS if name != "vanilla" or PROBLEMS[problem].network == "fcn")
+
+
+def effort(problem: str, quick: bool) -> Effort:
+    """What is spent on a problem."""
+    own = PROBLEMS[problem]
+    dense = "FCN on tables" if own.dataset in _TABLES else "FCN on pictures"
+    return QUICK if quick else FULL["CNN" if own.network == "cnn" else dense]
+
+
+def steps(problem: str, quick: bool) -> int:
+    """Steps of each run."""
+    own = PROBLEMS[problem]
+    return own.quick_steps if quick else effort(problem, quick).steps or own.steps
+
+
+def thinned(grid: Grid, trials: int) -> dict[str, tuple[float, ...]]:
+    """Cut a grid down to at most ``trials`` combinations: its longest axis thinned, the others at their first value."""
+    if math.prod(len(values) for values in grid.values()) <= trials:
+        return {name: tuple(values) for name, values in grid.items()}
+    longest = max(grid, key=lambda name: len(grid[name]))
+    count = min(trials, len(grid[longest]))
+    places = [math.floor((place + 0.5) * len(grid[longest]) / count) for place in range(count)]
+    return {
+        name: tuple(values[place] for place in places) if name == longest else (values[0],)
+        for name, values in grid.items()
+    }
+
+
+def _scores(lab: Lab, asked: Sequence[tuple[str, Params]], quick: bool) -> list[float]:
+    """Mean validation accuracy of each combination over the tuning seeds; the lower train loss breaks ties."""
+    runs = [
+        (search.split("/"), params, FIRST_TUNING_SEED + seed)
+        for search, params in asked
+        for seed in range(effort(search.split("/")[0], quick).tuning_seeds)
+    ]
+    tasks = [_task(name, method, params, seed, quick) for (name, method), params, seed in runs]
+    results = iter(lab.execute(tasks))
+    scores = []
+    for search, _ in asked:
+        own = [next(results) for _ in range(effort(search.split("/")[0], quick).tuning_seeds)]
+        loss = mean_interval([_WORST_LOSS if one["loss"] is None else one["loss"] for one in own]).mean
+        scores.append(mean_interval([one["validation"] for one in own]).mean - _TIE * min(loss, _WORST_LOSS))
+    return scores
+
+
+def _task(problem: str, method: str, params: Params, seed: int, quick: bool) -> Task:
+    return task(
+        "train",
+        {
+            "problem": problem,
+            "method": method,
+            "params": dict(params),
+            "weight_decay": 0.0,
+            "steps": steps(problem, quick),
+            "seed": seed,
+        },
+    )
+
+
+def _entry(name: str, params: Params, tuned: float | None, results: Sequence[Result]) -> Entry:
+    return Entry(
+        name,
+        params,
+        tuned,
+        tests=tuple(one["test"] for one in results),
+        diverged=sum(one["diverged"] is not None for one in results),
+        seconds=mean_interval([one["seconds"] for one in results]).mean,
+    )
