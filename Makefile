@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RUNS ?= sqlite:///runs/paper/runs.db
+PAGE ?= docs/results/paper/reproduce/index.html
 export OMP_NUM_THREADS := 1
 
-.PHONY: run test check bench clean
+.PHONY: run test check bench reproduce reproduce-quick check-page clean
 
 run: $(READY)  ## DIGITS: DDPNOpt beside SGD, RMSprop and Adam; prints a table, writes a page
 	$(BIN)/ddpnopt compare digits
@@ -22,6 +24,15 @@ bench: $(READY)  ## the pages of docs/results: robustness, convnet, step time (a
 	$(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/convnet.py
 	$(BIN)/python benchmarks/step_time.py
+
+reproduce: $(READY)  ## the paper's experiments, full settings (hours; resumable): docs/results/paper/reproduce
+	$(BIN)/ddpnopt reproduce --out docs/results/paper --storage $(RUNS)
+
+reproduce-quick: $(READY)  ## the same with few seeds and short runs (minutes): runs/paper/reproduce-quick
+	$(BIN)/ddpnopt reproduce --quick --storage $(RUNS)
+
+check-page: $(READY)  ## open the report in a headless Chromium; PAGE=... for another one
+	$(BIN)/python tests/browser.py $(PAGE)
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

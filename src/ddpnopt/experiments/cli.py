@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-_EXTRA = frozenset({"jinja2", "matplotlib", "numpy", "rich", "scipy", "sklearn", "tyro"})
+_EXTRA = frozenset({"jinja2", "matplotlib", "numpy", "optuna", "PIL", "rich", "scipy", "sklearn", "sqlalchemy", "tyro"})
 _MISUSE = 2
 
 
@@ -25,10 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _say(f"{error.name} is not installed; the command line needs: pip install 'ddpnopt[experiments]'")
     try:
-        command = commands.parse(words or ["--help"])
-        if isinstance(command, commands.Train):
-            return commands.run_train(command)
-        return commands.run_compare(command)
+        return commands.parse(words or ["--help"]).run()
     except ValueError as error:
         return _say(" ".join(str(error).split()))
     except OSError as error:  # full disk, no permission: the system's words name the file

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import tyro
 from rich.console import Console
@@ -15,7 +15,9 @@ from ddpnopt.experiments import data, files, runs
 from ddpnopt.experiments.compare import CompareConfig, check, compare, count_runs
 from ddpnopt.experiments.config import TrainConfig, resolve
 from ddpnopt.experiments.data import Dataset
+from ddpnopt.experiments.data.commands import Data
 from ddpnopt.experiments.interrupt import StoppedError, StopRequest
+from ddpnopt.experiments.paper import commands as paper
 from ddpnopt.experiments.progress import Display
 from ddpnopt.experiments.report import comparison as report
 from ddpnopt.experiments.report.tables import terminal_table, verdict
@@ -41,10 +43,14 @@ class Train:
     """Name of the run folder. None: DATASET-OPTIMIZER-seedSEED, numbered where that exists."""
 
     data: Path | None = None
-    """Folder with the files of a dataset that is not bundled. None: DDPNOPT_DATA, then the system's."""
+    """Folder with the files of a dataset that is not bundled. None: the cache, then the system's."""
 
     resume: Path | None = None
     """Continue the run in this folder, with its settings, bit-exactly; only --data may stand beside it."""
+
+    def run(self) -> int:
+        """Train; returns the exit code."""
+        return _train(self)
 
 
 @dataclass(frozen=True)
@@ -60,22 +66,33 @@ class Compare:
     """Name of the comparison's folder, whose finished runs are read back. None: compare-DATASET."""
 
     data: Path | None = None
-    """Folder with the files of a dataset that is not bundled. None: DDPNOPT_DATA, then the system's."""
+    """Folder with the files of a dataset that is not bundled. None: the cache, then the system's."""
+
+    def run(self) -> int:
+        """Compare; returns the exit code."""
+        return _compare(self)
 
 
-def parse(arguments: Sequence[str]) -> Train | Compare:
+class Command(Protocol):
+    """What was asked for, its settings read but not yet checked."""
+
+    def run(self) -> int:
+        """Carry it out; returns the exit code."""
+
+
+def parse(arguments: Sequence[str]) -> Command:
     """Read the command line; help and misuse end the program as usual, with codes 0 and 2."""
-    parsed: Train | Compare = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "compare": Compare},
+    parsed: Command = tyro.extras.subcommand_cli_from_dict(
+        {"train": Train, "compare": Compare, "data": Data, **paper.subcommands()},
         prog="ddpnopt",
         description="Train networks by differential dynamic programming, and compare with what you use now.",
         args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
     )
     return parsed
 
 
-def run_train(command: Train) -> int:
-    """Carry out ``ddpnopt train``; returns the exit code."""
+def _train(command: Train) -> int:
     config, folder = _train_target(command)
     dataset = data.load(config.dataset, command.data)
     if runs.finished(folder) is not None:
@@ -93,8 +110,7 @@ def run_train(command: Train) -> int:
     return 0
 
 
-def run_compare(command: Compare) -> int:
-    """Carry out ``ddpnopt compare``; returns the exit code."""
+def _compare(command: Compare) -> int:
     config = check(command.config)
     dataset = data.load(config.dataset, command.data)
     folder = command.out / (command.name or f"compare-{config.dataset}")

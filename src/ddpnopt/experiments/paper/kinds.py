@@ -7,11 +7,17 @@ from typing import Any
 import torch
 
 from ddpnopt.experiments.environment import code
-from ddpnopt.experiments.paper import training
+from ddpnopt.experiments.paper import cost, policy, training, vanishing
 from ddpnopt.experiments.study.task import Kind, Task
 
+_TRAINING = ("paper/training", "paper/methods", "paper/problems", "paper/networks")
+_COST = ("paper/cost", "paper/methods", "paper/networks")
 KINDS: Mapping[str, Kind] = {
-    "train": Kind(training.run, modules=("paper/training", "paper/methods", "paper/problems", "paper/networks")),
+    "train": Kind(training.run, modules=_TRAINING),
+    "time": Kind(cost.run_time, modules=_COST, alone=True),
+    "memory": Kind(cost.run_memory, modules=_COST, alone=True),
+    "policy": Kind(policy.run, modules=(*_TRAINING, "paper/policy")),
+    "vanishing": Kind(vanishing.run, modules=(*_TRAINING, "paper/vanishing", "paper/losses", "paper/regulariser")),
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ddpnopt.experiments.paper import fig3, fig4, fig5, fig6, table3, table4
 from ddpnopt.experiments.report.section import Section
 from ddpnopt.experiments.study.lab import Lab
 
@@ -20,4 +21,11 @@ class Experiment:
     run: Callable[[Lab, bool], Section]
 
 
-EXPERIMENTS: Mapping[str, Experiment] = {}
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "table3": Experiment("test accuracy of every method on every problem", table3.run),
+    "fig3": Experiment("seconds and memory of a step against the batch size", fig3.run),
+    "table4": Experiment("how time and memory grow with batch, width and depth", table4.run),
+    "fig4": Experiment("what feedback adds over learning rates and weight decays, all else equal", fig4.run),
+    "fig5": Experiment("to which changes of the image the feedback policy reacts", fig5.run),
+    "fig6": Experiment("vanishing gradients in a deep sigmoid network", fig6.run),
+}

@@ -1,0 +1,211 @@
+"""The commands that carry out the paper's experiments, each as runs in a database, and report on them."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table as TerminalTable
+from rich.text import Text
+
+from ddpnopt.experiments.files import write_atomic
+from ddpnopt.experiments.interrupt import StopRequest
+from ddpnopt.experiments.paper.registry import EXPERIMENTS
+from ddpnopt.experiments.report import report
+from ddpnopt.experiments.report.section import Section
+from ddpnopt.experiments.study.database_lab import DatabaseLab
+from ddpnopt.experiments.study.display import RunsDisplay
+from ddpnopt.experiments.study.store import Store
+from ddpnopt.experiments.study.worker import codes, exit_on, work
+
+_KINDS = "ddpnopt.experiments.paper.kinds"
+_INTERRUPTED = 128  # plus the signal's number: a shell's convention for the exit code
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how an experiment's runs are carried out."""
+
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Fewer seeds and shorter runs, to see it work; kept apart from the full experiment."""
+
+    storage: str | None = None
+    """Database of the runs: sqlite:///FOLDER/FILE.db or postgresql+psycopg://USER@HOST/DATABASE.
+    None: OUT/runs.db."""
+
+    jobs: int | None = None
+    """Worker processes on this machine; 0 leaves the runs to `ddpnopt worker`. None: one a core."""
+
+    out: Path = Path("runs/paper")
+    """Folder for pages, pictures and records."""
+
+
+_DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Experiments to carry out one after the other in one database, and to report on together.
+
+    Attributes:
+        command: word by which the command is called.
+        names: keys of ``EXPERIMENTS``.
+        options: where and how.
+        kinds: module that says what can be run.
+    """
+
+    command: str
+    names: Sequence[str]
+    options: Options
+    kinds: str
+
+    def run(self) -> int:
+        """Carry out the experiments; returns the exit code.
+
+        Raises:
+            ValueError: runs failed or settings will not do; the other experiments were carried out and reported.
+        """
+        address = self.options.storage or f"sqlite:///{self.options.out / 'runs.db'}"
+        done, failed = [], []
+        with Store(address) as store, StopRequest() as stop, RunsDisplay() as display:
+            for name in self.names:
+                try:
+                    done.append(self._carry_out(name, store, display, stop))
+                except KeyboardInterrupt:
+                    display.line("ddpnopt: stopped; the same command goes on where this one stopped")
+                    return _INTERRUPTED + (stop.signal or signal.SIGINT)
+                except ValueError as error:
+                    failed.append(f"{name}: {error}")
+        if done:
+            self._report(done)
+        if failed:
+            raise ValueError("; ".join(failed))
+        return 0
+
+    def _carry_out(self, name: str, store: Store, display: RunsDisplay, stop: StopRequest) -> "_Done":
+        study = name + "-quick" * self.options.quick
+        jobs = _cores() if self.options.jobs is None else self.options.jobs
+        display.start(study)
+        began = time.monotonic()
+        lab = DatabaseLab(store, study, self.kinds, jobs, display, stop)
+        section = EXPERIMENTS[name].run(lab, self.options.quick)
+        records, seconds = _records(store, lab)
+        path = self.options.out / "records" / f"{study}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, records)
+        return _Done(section, path, len(lab.tasks), lab.computed, seconds, time.monotonic() - began)
+
+    def _report(self, done: Sequence["_Done"]) -> None:
+        quick = self.options.quick
+        title = "The paper's experiments" if len(self.names) > 1 else done[0].section.title
+        page = report.write(
+            [one.section for one in done],
+            self.options.out / (self.command + "-quick" * quick),
+            title + " (quick settings)" * quick,
+            {one.section.name: one.seconds for one in done},
+            {one.section.name: f"ddpnopt {one.section.name}{' --quick' * quick}" for one in done},
+        )
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 120  # a log has no width: do not fold the tables
+        for one in done:
+            _print_section(console, one.section)
+            print(
+                f"{one.runs} runs, {report.duration(one.seconds)} of computing in all; this call computed "
+                f"{one.computed} of them and took {report.duration(one.wall)}\nrecords: {one.records}"
+            )
+        print(f"page:    {page}")
+
+
+@dataclass(frozen=True)
+class _Done:
+    """An experiment that was carried out: ``seconds`` of its runs, on whatever machine and in whatever call."""
+
+    section: Section
+    records: Path
+    runs: int
+    computed: int
+    seconds: float
+    wall: float
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Take runs from a database and carry them out, beside other workers on this and other machines."""
+
+    storage: str
+    """Database of the runs, as it was given to the command that asks for them."""
+
+    study: str | None = None
+    """Take only runs of this study, such as table3 or table3-quick. None: of any."""
+
+    wait: float = 60.0
+    """Seconds without any run waiting or under way after which the worker ends."""
+
+    kinds: Annotated[str, tyro.conf.Suppress] = _KINDS
+
+    def run(self) -> int:
+        """Work; returns the exit code."""
+        if not self.wait >= 0:
+            raise ValueError(f"wait must be at least 0, not {self.wait:g}")
+        exit_on(signal.SIGINT, signal.SIGTERM)
+        module: Any = import_module(self.kinds)
+        # a run that must be alone on its machine is left to the command that can see to that
+        with Store(self.storage) as store:
+            done = work(store, module.KINDS, codes(module, alone=False), self.study, self.wait)
+        print(f"{done} runs done; none is left that this installation's source can carry out")
+        return 0
+
+
+def subcommands() -> dict[str, Callable[..., Any]]:
+    """What makes each command from its options, by the command's name."""
+    every = {name: _maker(name, [name], experiment.what) for name, experiment in EXPERIMENTS.items()}
+    everything = _maker("reproduce", list(EXPERIMENTS), "Carry out every experiment and write one report.")
+    return every | {"reproduce": everything, "worker": Worker}
+
+
+def _maker(command: str, names: Sequence[str], what: str) -> Callable[..., Reproduce]:
+    def make(options: Annotated[Options, tyro.conf.arg(name="")] = _DEFAULTS) -> Reproduce:
+        return Reproduce(command, names, options, _KINDS)
+
+    make.__doc__ = what
+    return make
+
+
+def _records(store: Store, lab: DatabaseLab) -> tuple[bytes, float]:
+    """The experiment's runs, a line of strict JSON each, sorted by settings; and the seconds they took together."""
+    runs = store.runs(list(lab.tasks))
+    lines = []
+    for key, task in lab.tasks.items():
+        run = runs[key]
+        line: dict[str, Any] = {"kind": task.kind, "settings": task.settings, "code": task.code}
+        line |= {"result": run.result, "seconds": run.seconds}
+        lines.append((json.dumps([task.kind, task.settings], sort_keys=True), json.dumps(line, allow_nan=False)))
+    text = "".join(line + "\n" for _, line in sorted(lines))
+    return text.encode(), sum(run.seconds or 0.0 for run in runs.values())
+
+
+def _print_section(console: Console, section: Section) -> None:
+    for table in section.tables:
+        shown = TerminalTable()
+        for place, title in enumerate(table.header):
+            shown.add_column(Text(title), justify="left" if place == 0 else "right")
+        for row in table.rows:
+            shown.add_row(*(Text(cell) for cell in row))
+        console.print(Text(table.title, style="bold"), shown, Text(table.note), sep="\n")
+    for verdict in section.verdicts:
+        line = f"{verdict.claim} ({verdict.form}): {verdict.judgement}. {verdict.evidence}"
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

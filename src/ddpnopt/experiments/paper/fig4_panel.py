@@ -1,0 +1,157 @@
+"""Figure 4's numbers: what feedback adds at equal hyper-parameters, cell by cell, and rules that judge it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpnopt.experiments.stats import Interval, mean_interval, paired_difference
+from ddpnopt.experiments.study.task import Result
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One optimizer over a grid, with ``R`` learning rates, ``D`` weight decays and ``S`` seeds.
+
+    Attributes:
+        accuracy: on the test part, in percent, ``[R, D, S]``.
+        curve: train loss, a mean every ten batches, ``[R, D, S, points]``. A run whose loss or step was not finite
+            counts from there on with its highest loss, or that of guessing if this is higher.
+        diverged: number of such runs, ``[R, D]``.
+    """
+
+    accuracy: Array
+    curve: Array
+    diverged: NDArray[np.int64]
+
+    @property
+    def mean(self) -> Array:
+        """Mean accuracy over seeds, ``[R, D]``."""
+        return np.asarray(self.accuracy.mean(-1))
+
+    @property
+    def drop(self) -> Interval:
+        """How far the mean over all cells lies below the best cell, in points; the mean over seeds."""
+        best = np.unravel_index(self.mean.argmax(), self.mean.shape)
+        return mean_interval((self.accuracy[best] - self.accuracy.mean((0, 1))).tolist())
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One grid: an optimizer with feedback and the same without, on one problem.
+
+    Attributes:
+        problem, variant: names.
+        rates, decays: learning rates, ascending, and weight decays.
+        closed, open: runs with and without feedback; entry by entry they share the seed.
+    """
+
+    problem: str
+    variant: str
+    rates: tuple[float, ...]
+    decays: tuple[float, ...]
+    closed: Runs
+    open: Runs
+
+    @property
+    def differences(self) -> list[list[Interval]]:
+        """What feedback adds to the test accuracy, in points: an interval for each ``[rate][decay]``."""
+        return [
+            [paired_difference(with_.tolist(), without.tolist()) for with_, without in zip(*row, strict=True)]
+            for row in zip(self.closed.accuracy, self.open.accuracy, strict=True)
+        ]
+
+    @property
+    def training(self) -> list[int]:
+        """Places of the rates at which either optimizer still trains: half the best mean of the grid in some cell."""
+        either = np.maximum(self.closed.mean, self.open.mean).max(1)
+        return [place for place, value in enumerate(either) if value >= either.max() / 2]
+
+    @property
+    def usual(self) -> tuple[int, int]:
+        """The cell at which the optimizer without feedback is best, among those of the first weight decay."""
+        return int(self.open.mean[:, 0].argmax()), 0
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A panel in a few figures; only learning rates at which either optimizer trains count.
+
+    Attributes:
+        cells, better, worse: number of cells, of those with an interval above zero, of those with one below.
+        high, high_better: the same of the cells at the two highest of these rates.
+        calmer: cells in which accuracy varies less over seeds with feedback.
+        trend: slope of the improvement, mean over decays, in points per factor ten of the learning rate, a
+            straight line for each seed; NaN for fewer than two rates.
+        loss: train loss with feedback less without, mean over training, at the panel's usual cell.
+    """
+
+    cells: int
+    better: int
+    worse: int
+    high: int
+    high_better: int
+    calmer: int
+    trend: Interval
+    loss: Interval
+
+    @property
+    def grows(self) -> bool:
+        """More cells better than worse, at least half of the high ones better, and a trend above zero."""
+        return self.better > self.worse and 2 * self.high_better >= self.high and self.trend.low > 0
+
+    @property
+    def settles(self) -> bool:
+        """Lower loss along training at the usual cell, and less varied accuracy in more than half of the cells."""
+        return self.loss.high < 0 and 2 * self.calmer > self.cells
+
+
+def tally(panel: Panel) -> Tally:
+    """Count a panel's cells and fit its trend."""
+    places, differences = panel.training, panel.differences
+    cells = [cell for place in places for cell in differences[place]]
+    high = [cell for place in places[-2:] for cell in differences[place]]
+    seeds = panel.open.accuracy.shape[-1]
+    spread = [runs.accuracy.std(-1)[places] for runs in (panel.closed, panel.open)]
+    curves = [runs.curve[panel.usual].mean(-1).tolist() for runs in (panel.closed, panel.open)]
+    return Tally(
+        cells=len(cells),
+        better=sum(cell.low > 0 for cell in cells),
+        worse=sum(cell.high < 0 for cell in cells),
+        high=len(high),
+        high_better=sum(cell.low > 0 for cell in high),
+        calmer=int((spread[0] < spread[1]).sum()),
+        trend=_trend(panel, places) if len(places) > 1 else Interval(math.nan, math.nan, seeds),
+        loss=paired_difference(*curves),
+    )
+
+
+def gather(results: Sequence[Result], shape: tuple[int, int, int], points: int, classes: int) -> Runs:
+    """Arrange results of the task ``train``, seeds varying fastest and rates slowest, as ``shape [R, D, S]``.
+
+    Args:
+        results: as many as the shape has entries.
+        shape: numbers of rates, decays and seeds.
+        points: of the curve of a run that comes to its end.
+        classes: number of classes; guessing has the loss of its logarithm.
+    """
+    return Runs(
+        accuracy=np.array([100 * one["test"] for one in results]).reshape(shape),
+        curve=np.array([_whole(one["curve"], points, math.log(classes)) for one in results]).reshape(*shape, points),
+        diverged=np.array([one["diverged"] is not None for one in results]).reshape(shape).sum(-1),
+    )
+
+
+def _whole(curve: Sequence[float], points: int, guessing: float) -> list[float]:
+    return [*curve, *[max([guessing, *curve])] * (points - len(curve))]
+
+
+def _trend(panel: Panel, places: Sequence[int]) -> Interval:
+    improvement = (panel.closed.accuracy - panel.open.accuracy)[places].mean(1)
+    slopes: Any = np.polyfit(np.log10([panel.rates[place] for place in places]), improvement, 1)[0]
+    return mean_interval(slopes.tolist())

@@ -1,0 +1,93 @@
+"""Searches over grids as Optuna studies, kept in the database of the runs."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import optuna
+from optuna.samplers import GridSampler
+from optuna.storages import RDBStorage
+from optuna.trial import Trial, TrialState
+
+from ddpnopt.experiments.study.address import connect_arguments, tune
+from ddpnopt.experiments.study.lab import Grid, Params, Values, best, combinations
+
+
+class _Grid(GridSampler):
+    def after_trial(self, *_: Any) -> None:
+        """Do nothing: the base class would stop a loop that does not exist here, which is an error."""
+
+
+def search(address: str, name: str, version: Any, grids: Mapping[str, Grid], values: Values) -> dict[str, Params]:
+    """Let Optuna ask for every combination of every grid, and tell it the values.
+
+    Args:
+        address: of the database.
+        name: of the study; an Optuna study is named ``NAME SEARCH DIGEST``.
+        version: what else decides the values (fingerprints of the code), as JSON can hold it; another version is
+            another Optuna study. Trials of the same version that were asked for and not told are told now.
+        grids: by the name of the search.
+        values: scores, higher is better.
+
+    Returns:
+        As :meth:`Lab.search`.
+
+    Raises:
+        ValueError: a grid names a value twice.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # says nothing that the progress of the runs does not
+    with _open(address) as storage:
+        asked: list[tuple[str, Params]] = []
+        trials: list[tuple[optuna.Study, int]] = []
+        for search, grid in grids.items():
+            digest = hashlib.sha256(json.dumps([grid, version], sort_keys=True).encode()).hexdigest()[:12]
+            study = optuna.create_study(
+                storage=storage,
+                sampler=_Grid(grid, seed=0),
+                study_name=f"{name} {search} {digest}",
+                direction="maximize",
+                load_if_exists=True,
+            )
+            asked += [(search, one) for one in combinations(grid)]
+            trials += [(study, number) for number in _ask(study, search, grid)]
+        found = values(asked)
+        for (study, number), value in zip(trials, found, strict=True):
+            told = {"state": TrialState.FAIL} if math.isnan(value) else {"values": value}
+            study.tell(number, **told, skip_if_finished=True)
+    return best(asked, found)
+
+
+@contextmanager
+def _open(address: str) -> Iterator[RDBStorage]:
+    storage = RDBStorage(address, engine_kwargs={"connect_args": connect_arguments(address)})
+    try:
+        tune(storage.engine)
+        storage.engine.dispose()  # connections made before that
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _ask(study: optuna.Study, search: str, grid: Grid) -> Sequence[int]:
+    """Number of each combination's trial, in the grid's order; asks for those that were never asked for."""
+    places = combinations(grid)
+    if any(len(set(values)) < len(values) for values in grid.values()):
+        raise ValueError(f"the grid of {search} names a value twice: {dict(grid)}; name it once")
+    known: dict[int, int] = {}
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state == TrialState.RUNNING:  # asked for, perhaps not in full, by a process that was then killed
+            known[places.index(_suggest(Trial(study, trial._trial_id), grid))] = trial.number
+        else:
+            known[places.index(trial.params)] = trial.number
+    while len(known) < len(places):
+        asked = study.ask()
+        known[places.index(_suggest(asked, grid))] = asked.number
+    return [known[place] for place in range(len(places))]
+
+
+def _suggest(trial: Trial, grid: Grid) -> Params:
+    return {name: trial.suggest_float(name, min(values), max(values)) for name, values in grid.items()}
