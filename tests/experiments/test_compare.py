@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from ddpnopt.experiments import cli, commands, compare, runs
+from ddpnopt.experiments import cli, commands, compare, files, runs
 from ddpnopt.experiments.compare import Choice, CompareConfig, Trial, best, check, count_runs, folder_name, run_config
 from ddpnopt.experiments.config import OPTIMIZERS, TrainConfig
 from ddpnopt.experiments.report.comparison import command
+from ddpnopt.experiments.report.curves import loss_curve
+from ddpnopt.experiments.report.plots import loss_figure, to_svg
 from ddpnopt.experiments.runs import Result
 
 WORDS = ["compare", "iris", "--seeds", "2", "--epochs", "2", "--name", "small"]
@@ -170,4 +172,12 @@ def test_the_printed_command_asks_for_the_same_comparison() -> None:
     config = CompareConfig("iris", optimizers=("ddpnopt", "adam"), seeds=3, tune=False, lr_adam=0.02, epochs=4)
     words = command(config).split()
     parsed = commands.parse(words[1:])
+    assert isinstance(parsed, commands.Compare)
     assert parsed.config == config
+
+
+def test_runs_too_short_for_a_curve_are_drawn_without_one(tmp_path: Path) -> None:
+    (tmp_path / files.METRICS).write_text("")
+    curve = loss_curve("adam", [tmp_path])
+    assert curve.steps == curve.median == ()
+    assert to_svg(loss_figure("nothing", {"adam": curve}), "loss", "nothing").startswith("<svg")

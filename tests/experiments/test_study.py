@@ -95,11 +95,14 @@ class Disturbed:
 
     def kill(self) -> None:
         assert self.process.poll() is None
+        self.end()
+        self.start()
+
+    def end(self) -> None:
         self.process.kill()
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()  # its workers, which end their runs meanwhile, hold the other end
-        self.start()
 
     def kill_worker(self) -> None:
         """Kill the process that began the latest run, once it begins another."""
@@ -142,9 +145,19 @@ def test_ten_kills_at_random_moments_lose_and_repeat_nothing(address: str, tmp_p
     assert outcome == toy.experiment(DirectLab(toy.KINDS), tmp_path / "calm", count, sleep=0.0)
     assert finished.items() <= run.done().items()
     assert len(run.done()) == count + 8
-    workers = {int(process) for _, _, process in toy.log(tmp_path)}
-    until(lambda: not any(map(identity._birth, workers)))  # also those whose coordinator was killed
     assert run.rows("SELECT state, count(*) FROM trials GROUP BY state") == [("COMPLETE", 8)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process start times are read from /proc")
+def test_workers_finish_their_run_and_end_when_their_coordinator_is_killed(address: str, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    run = Disturbed(address, tmp_path, 400)
+    until(lambda: len(toy.log(tmp_path)) > 30)
+    run.end()
+    workers = {int(process) for _, _, process in toy.log(tmp_path)}
+    until(lambda: not any(map(identity._birth, workers)), 10)
+    what = Counter(word for word, _, _ in toy.log(tmp_path))
+    assert what["started"] == what["ended"] == len(run.done()) < 400
 
 
 def expire(store: Store, folder: Path) -> None:

@@ -114,7 +114,7 @@ def _table(result: Result) -> Table:
 def _pictures(result: Result, area: Interval, title: str) -> Iterator[Picture]:
     moments, images = result["moments"], result["images"]
     yield Picture(
-        "fig5-policy",
+        "policy",
         f"Test images of {title} and the change of the image that the policy reacts to most, over training",
         image_rows(images, {f"step {one['step']}": one["policy"] for one in moments}, signed=True),
         note="Orange and purple are the two signs (a singular vector's overall sign means nothing; here purple is "
@@ -122,7 +122,7 @@ def _pictures(result: Result, area: Interval, title: str) -> Iterator[Picture]:
         "every layer.",
     )
     yield Picture(
-        "fig5-layers",
+        "layers",
         f"Where on each layer's grid the leading direction lies, after {moments[-1]['step']} steps",
         image_rows(images, {name: moments[-1]["layers"][place]["energy"] for place, name in LAYERS.items()}, False),
         note="Energy of the leading right-singular vector at each position of the layer's input, summed over channels; "
@@ -133,7 +133,7 @@ def _pictures(result: Result, area: Interval, title: str) -> Iterator[Picture]:
         for place, name in LAYERS.items()
     }
     yield Picture(
-        "fig5-foreground",
+        "foreground",
         "Share of the energy that lies on the foreground, over training",
         share_lines([one["step"] for one in moments], lines, area.mean),
         note="Mean over images, with 95 % t intervals.",

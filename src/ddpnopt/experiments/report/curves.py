@@ -36,7 +36,7 @@ def loss_curve(label: str, folders: Sequence[Path]) -> Curve:
         [line for line in files.read_metrics(folder / files.METRICS) if line["kind"] == "step"] for folder in folders
     ]
     points = list(zip(*runs, strict=False))  # one tuple of lines, a run each, for every point
-    losses = np.array([[line["train_loss"] for line in lines] for lines in points]).reshape(len(points), -1)
+    losses = [[line["train_loss"] for line in lines] for lines in points]  # none where a run has fewer than 10 steps
     low, median, high = np.quantile(losses, [0.25, 0.5, 0.75], axis=1).tolist() if points else ([], [], [])
     return Curve(
         label,

@@ -39,8 +39,11 @@ def loss_figure(title: str, curves: Mapping[str, Curve]) -> Figure:
         for axes, x in ((by_step, curve.steps), (by_time, curve.seconds)):
             axes.plot(x, curve.median, color=colour(name, place), label=curve.label, linewidth=1.8)
             axes.fill_between(x, curve.low, curve.high, color=colour(name, place), alpha=0.15, linewidth=0)
-    by_step.set(yscale="log", xlabel="step", ylabel="train loss")
-    by_time.set(xscale="log", xlabel="seconds of training")
+    by_step.set(xlabel="step", ylabel="train loss")
+    by_time.set(xlabel="seconds of training")
+    if any(curve.steps for curve in curves.values()):  # an empty axis cannot be logarithmic
+        by_step.set(yscale="log")
+        by_time.set(xscale="log")
     figure.suptitle(title)
     by_step.legend(frameon=False)
     for axes in (by_step, by_time):
@@ -89,7 +92,8 @@ def to_svg(figure: Figure, salt: str, label: str) -> str:
 
     Args:
         figure: what to draw.
-        salt: a word of its own for each figure of a page, so that their inner names do not clash.
+        salt: a word of its own for each figure of a page: the prefix of the figure's inner names, which a page may
+            not hold twice.
         label: what the figure shows, for readers who cannot see it.
     """
     FigureCanvasSVG(figure)
@@ -99,6 +103,7 @@ def to_svg(figure: Figure, salt: str, label: str) -> str:
     element = buffer.getvalue()
     element = element[element.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    element = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{salt}-", element)
     head, rest = element.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     return f'{head} role="img" aria-label="{html.escape(label)}">{rest}'

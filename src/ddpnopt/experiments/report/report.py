@@ -42,7 +42,7 @@ def write(
     """
     _check(sections, seconds, commands)
     svg = {
-        (section.name, picture.name): _own_names(to_svg(picture.figure, stem, picture.title), stem)
+        (section.name, picture.name): to_svg(picture.figure, stem, picture.title)
         for section in sections
         for picture in section.pictures
         for stem in [f"{section.name}-{picture.name}"]
@@ -116,11 +116,6 @@ def _complaints(
             if stem in stems:
                 yield f"two files would be named {stem!r}: give sections and pictures names of their own"
             stems.add(stem)
-
-
-def _own_names(svg: str, prefix: str) -> str:
-    """Put a prefix before the names inside a picture: matplotlib gives the same ones to all, a page may not."""
-    return re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{prefix}-", svg)
 
 
 def _alone(svg: str, picture: Picture) -> bytes:
