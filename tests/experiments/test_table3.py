@@ -11,7 +11,7 @@ from torch import nn
 
 from ddpnopt.baselines import EKFAC, VanillaDDP
 from ddpnopt.experiments.paper import availability, table3, table3_runs, training
-from ddpnopt.experiments.paper.kinds import KINDS, task
+from ddpnopt.experiments.paper.kinds import task
 from ddpnopt.experiments.paper.methods import BUDGET, METHODS, Params, Setup
 from ddpnopt.experiments.paper.problems import PROBLEMS
 from ddpnopt.experiments.paper.table3_runs import Effort, Entry, Row, thinned
@@ -146,7 +146,7 @@ def test_tuning_sees_no_test_data_and_no_reported_seed() -> None:
         seen.append(settings)
         return scored(settings)
 
-    rows = table3_runs.rows(fake(record), ["iris-fcn"], quick=False)
+    rows = table3_runs.rows(fake(record), {"iris-fcn": table3_runs.FULL["iris-fcn"]})
     tuning = [one for one in seen if one["seed"] >= table3_runs.FIRST_TUNING_SEED]
     effort = rows[0].effort
     assert len(tuning) == len(METHODS) * effort.trials * effort.tuning_seeds
@@ -161,10 +161,13 @@ def test_tuning_sees_no_test_data_and_no_reported_seed() -> None:
 
 def test_missing_data_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "missing", lambda name: f"no {name} here" if name == "mnist" else None)
-    found = table3_runs.rows(fake(scored), ["iris-fcn", "mnist-fcn"], quick=True)
-    section = table3.section(found, quick=True)
-    cut = section.tables[-1]
-    assert ["MNIST, FCN", "no mnist here", ""] in [list(line) for line in cut.rows]
+    found = table3_runs.rows(fake(scored), {name: Effort(1, 1, 2, 9) for name in ("iris-fcn", "mnist-fcn")})
+    section = table3.section(found)
+    cut = {line[0]: list(line[1:]) for line in section.tables[-1].rows}
+    assert cut["MNIST, FCN"][1:] == ["no mnist here", ""]
+    assert cut["DIGITS, FCN"][1:] == ["not run", ""]
+    # 13 tuned methods of 2 s for 9 steps; 160 steps of 8 x 2 + 10 runs are the whole
+    assert float(cut["IRIS, FCN"][2]) == pytest.approx(len(METHODS) * 2 / 9 * 160 * 26 / 3600, abs=0.05)
     assert len(section.pictures) == 1
 
 
@@ -178,11 +181,11 @@ def row(problem: str, **accuracies: float) -> Row:
         entry(name.replace("_", "-"), *(mean + 0.01 * seed + 0.001 * ((seed + place) % 3) for seed in range(3)))
         for place, (name, mean) in enumerate(accuracies.items())
     ]
-    return Row(problem, Effort(8, 2, 3), 10, tuple(entries))
+    return Row(problem, Effort(8, 2, 3, 10), tuple(entries))
 
 
 def judged(*rows: Row) -> dict[tuple[str, str], str]:
-    section = table3.section(rows, quick=True)
+    section = table3.section(rows)
     return {(verdict.claim.split()[0], verdict.form): verdict.judgement for verdict in section.verdicts}
 
 
@@ -195,6 +198,8 @@ def full(problem: str, own: float, batch: float, rivals: float = 0.8, control: f
         vanilla=control - 0.05,
         own_rmsprop=own,
         share_rmsprop=own,
+        own_ekfac=own,
+        share_ekfac=own,
         batch=batch,
         batch_untuned=batch,
     )
@@ -221,7 +226,7 @@ def test_verdicts() -> None:
 
 def test_the_published_form_is_read_as_validation_has_it() -> None:
     entries = (entry("own-rmsprop", 0.1, tuned=0.95), entry("share-rmsprop", 0.9, tuned=0.94), entry("batch", 0.5))
-    found = Row("wine-fcn", Effort(1, 1, 1), 1, entries)
+    found = Row("wine-fcn", Effort(1, 1, 1, 1), entries)
     assert table3.representative(found, "published").name == "own-rmsprop"
     assert table3.representative(found, "batch").name == "batch"
 
@@ -235,9 +240,8 @@ def test_reported_figures_stand_beside_their_methods() -> None:
     assert table3.reported(PROBLEMS["iris-fcn"], "sgd") is None
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_every_table_is_whole(quick: bool) -> None:
-    section = table3.section([full("wine-fcn", 0.85, 0.85), full("digits-fcn", 0.7, 0.797)], quick)
+def test_every_table_is_whole() -> None:
+    section = table3.section([full("wine-fcn", 0.85, 0.85), full("digits-fcn", 0.7, 0.797)])
     for table in section.tables:
         assert all(len(line) == len(table.header) for line in table.rows), table.title
     summary = {line[0]: line[1:] for line in section.tables[0].rows}
@@ -246,5 +250,8 @@ def test_every_table_is_whole(quick: bool) -> None:
     assert len({table.title for table in section.tables}) == len(section.tables)
 
 
-def test_kinds_can_be_run() -> None:
-    assert set(KINDS) >= {"train"}
+def test_nothing_is_cut_in_the_uncut_plan() -> None:
+    assert set(table3_runs.UNCUT) == set(table3_runs.FULL) == set(PROBLEMS)
+    assert all(effort.trials == BUDGET and effort.seeds == 10 for effort in table3_runs.UNCUT.values())
+    found = [replace(full(name, 0.8, 0.8), effort=effort) for name, effort in table3_runs.UNCUT.items()]
+    assert table3.section(found, "table3-uncut").tables[-1].rows == []

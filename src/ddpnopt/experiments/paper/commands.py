@@ -168,7 +168,8 @@ class Worker:
 def subcommands() -> dict[str, Callable[..., Any]]:
     """What makes each command from its options, by the command's name."""
     every = {name: _maker(name, [name], experiment.what) for name, experiment in EXPERIMENTS.items()}
-    everything = _maker("reproduce", list(EXPERIMENTS), "Carry out every experiment and write one report.")
+    reported = [name for name, experiment in EXPERIMENTS.items() if experiment.reported]
+    everything = _maker("reproduce", reported, "Carry out the experiments one after the other and write one report.")
     return every | {"reproduce": everything, "worker": Worker}
 
 

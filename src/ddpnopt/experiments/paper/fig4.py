@@ -65,7 +65,7 @@ class Plan:
 
 
 FULL = Plan(
-    steps={"wine-fcn": 100, "digits-fcn": 200, "fashion-mnist-fcn": 200},
+    steps={"wine-fcn": 100, "digits-fcn": 200},
     variants=tuple(VARIANTS),
     factors=(1, 3, 10, 30, 100),
     decays=(0.0, 1e-4, 1e-2),

@@ -15,14 +15,17 @@ class Experiment:
     Attributes:
         what: what it shows, in one line for ``--help``.
         run: carries it out in a lab, with quick (True) or full settings.
+        reported: whether ``ddpnopt reproduce`` has it.
     """
 
     what: str
     run: Callable[[Lab, bool], Section]
+    reported: bool = True
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "table3": Experiment("test accuracy of every method on every problem", table3.run),
+    "table3-uncut": Experiment("the same at the whole effort: days of computing", table3.run_uncut, reported=False),
     "fig3": Experiment("seconds and memory of a step against the batch size", fig3.run),
     "table4": Experiment("how time and memory grow with batch, width and depth", table4.run),
     "fig4": Experiment("what feedback adds over learning rates and weight decays, all else equal", fig4.run),

@@ -11,7 +11,7 @@ from ddpnopt.experiments.paper.table3_runs import (
     FULL,
     OWN,
     QUICK,
-    QUICK_PROBLEMS,
+    UNCUT,
     UNTUNED_MARK,
     Effort,
     Entry,
@@ -53,18 +53,23 @@ problems.
 
 def run(lab: Lab, quick: bool) -> Section:
     """Tune every method on every problem whose data is at hand, run the seeds, and report."""
-    return section(rows(lab, QUICK_PROBLEMS if quick else tuple(PROBLEMS), quick), quick)
+    return section(rows(lab, QUICK if quick else FULL))
 
 
-def section(found: Sequence[Row], quick: bool) -> Section:
+def run_uncut(lab: Lab, quick: bool) -> Section:
+    """The same with no row cut down; quick settings are those of :func:`run`."""
+    return section(rows(lab, QUICK if quick else UNCUT), "table3-uncut")
+
+
+def section(found: Sequence[Row], name: str = "table3") -> Section:
     """Say what the rows show."""
     done = [row for row in found if row.entries]
     return Section(
-        name="table3",
+        name=name,
         title="Table 3: accuracy of every method on every problem",
-        text=list(_text(done, quick)),
-        facts=list(_facts(found, quick)),
-        tables=[*([_summary(done), _reported(done)] if done else []), *map(_details, done), _cut(found, quick)],
+        text=list(_text(done)),
+        facts=list(_facts(found)),
+        tables=[*([_summary(done), _reported(done)] if done else []), *map(_details, done), _cut(found)],
         pictures=[_picture(row) for row in done],
         verdicts=[verdict for form in ("published", "batch") for verdict in _verdicts(done, form)],
     )
@@ -138,28 +143,29 @@ def _verdicts(found: Sequence[Row], form: Form) -> Iterator[Verdict]:
         yield Verdict(claim, form, judgement, f"{behind}, {average:+.1f} points on average. {words}.")
 
 
-def _text(found: Sequence[Row], quick: bool) -> Iterator[str]:
+def _text(found: Sequence[Row]) -> Iterator[str]:
     yield from paragraphs(_TEXT)
-    if found and not quick:
+    if found:
         own = [(row, difference(_entry(row, OWN + UNTUNED_MARK), strongest(row, "standard"))) for row in found]
         words = "; ".join(f"{title(row.problem)} {number(points, 1, sign=True)}" for row, points in own)
         yield f"The batch form untuned, at the library's defaults, against the best tuned standard method: {words}."
 
 
-def _facts(found: Sequence[Row], quick: bool) -> Iterator[tuple[str, str]]:
-    for network, effort in {"quick": QUICK}.items() if quick else FULL.items():
-        yield f"budget, {network}", _words(effort)
+def _facts(found: Sequence[Row]) -> Iterator[tuple[str, str]]:
     for row in found:
         own = PROBLEMS[row.problem]
-        width = f", width {own.width}, {own.activation.title()}" if own.network == "fcn" else ", 32 channels, ReLU"
-        yield title(row.problem), f"{row.steps} steps of {own.batch_size} samples{width}" if row.entries else "not run"
+        network = f"width {own.width}, {own.activation.title()}" if own.network == "fcn" else "32 channels, ReLU"
+        words = f"{network}, batches of {own.batch_size}; {_words(row.effort)}"
+        yield title(row.problem), words if row.entries else "not run"
     yield "settings", "no weight decay, constant learning rate, no augmentation; one thread"
 
 
 def _words(effort: Effort) -> str:
     seeds = f"{effort.tuning_seeds} tuning seed{'s' * (effort.tuning_seeds > 1)}"
-    steps = "" if effort.steps is None else f", {effort.steps} steps"
-    return f"{effort.trials} combinations of hyper-parameters on {seeds}, then {effort.seeds} seeds, a method{steps}"
+    return (
+        f"{effort.trials} combinations of hyper-parameters on {seeds}, then {effort.seeds} seeds, for each method; "
+        f"{effort.steps} steps a run"
+    )
 
 
 def _names(found: Sequence[Row]) -> list[str]:
@@ -235,32 +241,29 @@ def _details(row: Row) -> Table:
             "s per run",
         ],
         [cells(entry) for entry in row.entries],
-        f"{_words(row.effort)}; {row.steps} steps. Best standard method: {label(opponent.name)}. p: paired t test. "
+        f"{_words(row.effort)}. Best standard method: {label(opponent.name)}. p: paired t test. "
         "Diverged: seeds whose loss or step was not finite; they count with their last weights.",
     )
 
 
-def _cut(found: Sequence[Row], quick: bool) -> Table:
-    """What was not run at the full effort of the dense networks, and what that would take."""
-    wanted = FULL["FCN on tables"]
+def _cut(found: Sequence[Row]) -> Table:
+    """What was not run, or at less than the whole effort, and what that would take."""
+    efforts = {row.problem: row.effort for row in found}
     lines = []
-    for row in found:
-        runs = wanted.trials * wanted.tuning_seeds + wanted.seeds
-        if row.missing is not None:
-            lines.append([title(row.problem), row.missing, ""])
-        elif row.effort != wanted:
-            hours = sum(entry.seconds for entry in row.entries if entry.tuned is not None) * runs / 3600
-            lines.append(
-                [title(row.problem), _words(row.effort), f"{hours * PROBLEMS[row.problem].steps / row.steps:.1f}"]
-            )
-    if quick:
-        left = [name for name in PROBLEMS if name not in {row.problem for row in found}]
-        lines += [[title(name), "not part of a quick run", ""] for name in left]
+    for name, whole in UNCUT.items():
+        row = next((row for row in found if row.problem == name), None)
+        if row is None or row.missing is not None:
+            lines.append([title(name), _words(whole), "not run" if row is None else str(row.missing), ""])
+        elif efforts[name] != whole:
+            runs = whole.trials * whole.tuning_seeds + whole.seeds
+            once = sum(entry.seconds for entry in row.entries if entry.tuned is not None) / row.effort.steps
+            lines.append([title(name), _words(whole), _words(row.effort), f"{once * whole.steps * runs / 3600:.1f}"])
     return Table(
         "What was cut",
-        ["", "why, or how far it was run", "core-hours at full effort"],
+        ["", "whole effort", "what was run", "core-hours of the whole"],
         lines,
-        f"Full effort: {_words(wanted)}. Hours follow from the seconds measured here, one core.",
+        "Hours follow from the seconds measured here, one core. 'ddpnopt table3-uncut' runs the whole; other machines "
+        "join by 'ddpnopt worker'.",
     )
 
 

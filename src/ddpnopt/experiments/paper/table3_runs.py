@@ -12,7 +12,6 @@ from ddpnopt.experiments.stats import Interval, mean_interval
 from ddpnopt.experiments.study.lab import Grid, Lab, Params
 from ddpnopt.experiments.study.task import Result, Task
 
-_TABLES = ("wine", "iris", "digits")
 OWN, UNTUNED_MARK = "batch", "-untuned"
 UNTUNED: Params = {"lr": 0.1, "damping": 0.1}  # the library's defaults
 _TIE, _WORST_LOSS = 1e-6, 1000.0
@@ -26,22 +25,32 @@ class Effort:
         trials: combinations of hyper-parameters tried, evenly thinned from a method's eight.
         tuning_seeds: seeds each is tried on; never among those reported.
         seeds: number of seeds reported: 0, 1, 2, ...
-        steps: of each run; None (default) is the problem's own number.
+        steps: of each run.
     """
 
     trials: int
     tuning_seeds: int
     seeds: int
-    steps: int | None = None
+    steps: int
 
 
-FULL: Mapping[str, Effort] = {
-    "FCN on tables": Effort(8, 2, 10),
-    "FCN on pictures": Effort(4, 1, 10, steps=500),
-    "CNN": Effort(3, 1, 3, steps=40),
+Plan = Mapping[str, Effort]
+"""What is run: the effort for each problem, by its name."""
+
+_TABLES = ("wine-fcn", "iris-fcn", "digits-fcn")
+_PICTURES = ("mnist-fcn", "fashion-mnist-fcn")
+_CONVOLUTIONS = ("mnist-cnn", "svhn-cnn", "cifar10-cnn")
+QUICK: Plan = {name: Effort(3, 1, 3, PROBLEMS[name].quick_steps) for name in ("wine-fcn", "digits-fcn", "mnist-fcn")}
+FULL: Plan = {
+    **{name: Effort(8, 2, 10, PROBLEMS[name].steps) for name in _TABLES},
+    **dict.fromkeys(_PICTURES, Effort(4, 1, 10, 500)),
+    **dict.fromkeys(_CONVOLUTIONS, Effort(2, 1, 3, 40)),
 }
-QUICK = Effort(3, 1, 3)
-QUICK_PROBLEMS = ("wine-fcn", "digits-fcn", "mnist-fcn")
+UNCUT: Plan = {
+    **{name: FULL[name] for name in _TABLES},
+    **dict.fromkeys(_PICTURES, Effort(8, 2, 10, 1719)),
+    **dict.fromkeys(_CONVOLUTIONS, Effort(8, 2, 10, 2000)),
+}
 FIRST_TUNING_SEED = 1000
 
 
@@ -77,60 +86,46 @@ class Row:
 
     problem: str
     effort: Effort
-    steps: int
     entries: tuple[Entry, ...]
     missing: str | None = None
 
 
-def rows(lab: Lab, names: Sequence[str], quick: bool) -> list[Row]:
+def rows(lab: Lab, plan: Plan) -> list[Row]:
     """Return the rows of the table, one a problem."""
-    missing = {name: availability.missing(PROBLEMS[name].dataset) for name in names}
-    plan = [(name, method) for name in names if missing[name] is None for method in methods(name)]
+    missing = {name: availability.missing(PROBLEMS[name].dataset) for name in plan}
+    pairs = [(name, method) for name in plan if missing[name] is None for method in methods(name)]
     tuned: dict[str, float] = {}
 
     def values(asked: list[tuple[str, Params]]) -> list[float]:
-        scores = _scores(lab, asked, quick)
+        scores = _scores(lab, asked, plan)
         for (search, _), score in zip(asked, scores, strict=True):
             tuned[search] = max(score, tuned.get(search, -math.inf))
         return scores
 
-    grids = {f"{name}/{method}": thinned(METHODS[method].grid, effort(name, quick).trials) for name, method in plan}
+    grids = {f"{name}/{method}": thinned(METHODS[method].grid, plan[name].trials) for name, method in pairs}
     chosen = lab.search(grids, values)
-    runs = [(name, method, method, chosen[f"{name}/{method}"]) for name, method in plan]
-    runs += [(name, f"{OWN}{UNTUNED_MARK}", OWN, UNTUNED) for name in names if missing[name] is None]
+    runs = [(name, method, method, chosen[f"{name}/{method}"]) for name, method in pairs]
+    runs += [(name, f"{OWN}{UNTUNED_MARK}", OWN, UNTUNED) for name in plan if missing[name] is None]
     results = iter(
         lab.execute(
             [
-                _task(name, method, params, seed, quick)
+                _task(name, method, params, seed, plan[name].steps)
                 for name, _, method, params in runs
-                for seed in range(effort(name, quick).seeds)
+                for seed in range(plan[name].seeds)
             ]
         )
     )
-    entries: dict[str, list[Entry]] = {name: [] for name in names}
+    entries: dict[str, list[Entry]] = {name: [] for name in plan}
     for name, label, method, params in runs:
-        own = [next(results) for _ in range(effort(name, quick).seeds)]
+        own = [next(results) for _ in range(plan[name].seeds)]
         validation = tuned.get(f"{name}/{method}") if label == method else None
         entries[name].append(_entry(label, params, validation, own))
-    return [Row(name, effort(name, quick), steps(name, quick), tuple(entries[name]), missing[name]) for name in names]
+    return [Row(name, plan[name], tuple(entries[name]), missing[name]) for name in plan]
 
 
 def methods(problem: str) -> tuple[str, ...]:
     """Methods run on a problem: all, but vanilla DDP, as in the paper, only where the network is dense."""
     return tuple(name for name in METHODS if name != "vanilla" or PROBLEMS[problem].network == "fcn")
-
-
-def effort(problem: str, quick: bool) -> Effort:
-    """What is spent on a problem."""
-    own = PROBLEMS[problem]
-    dense = "FCN on tables" if own.dataset in _TABLES else "FCN on pictures"
-    return QUICK if quick else FULL["CNN" if own.network == "cnn" else dense]
-
-
-def steps(problem: str, quick: bool) -> int:
-    """Steps of each run."""
-    own = PROBLEMS[problem]
-    return own.quick_steps if quick else effort(problem, quick).steps or own.steps
 
 
 def thinned(grid: Grid, trials: int) -> dict[str, tuple[float, ...]]:
@@ -146,24 +141,23 @@ def thinned(grid: Grid, trials: int) -> dict[str, tuple[float, ...]]:
     }
 
 
-def _scores(lab: Lab, asked: Sequence[tuple[str, Params]], quick: bool) -> list[float]:
+def _scores(lab: Lab, asked: Sequence[tuple[str, Params]], plan: Plan) -> list[float]:
     """Mean validation accuracy of each combination over the tuning seeds; the lower train loss breaks ties."""
-    runs = [
-        (search.split("/"), params, FIRST_TUNING_SEED + seed)
-        for search, params in asked
-        for seed in range(effort(search.split("/")[0], quick).tuning_seeds)
-    ]
-    tasks = [_task(name, method, params, seed, quick) for (name, method), params, seed in runs]
+    tasks = []
+    for search, params in asked:
+        name, method = search.split("/")
+        seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + plan[name].tuning_seeds)
+        tasks += [_task(name, method, params, seed, plan[name].steps) for seed in seeds]
     results = iter(lab.execute(tasks))
     scores = []
     for search, _ in asked:
-        own = [next(results) for _ in range(effort(search.split("/")[0], quick).tuning_seeds)]
+        own = [next(results) for _ in range(plan[search.split("/")[0]].tuning_seeds)]
         loss = mean_interval([_WORST_LOSS if one["loss"] is None else one["loss"] for one in own]).mean
         scores.append(mean_interval([one["validation"] for one in own]).mean - _TIE * min(loss, _WORST_LOSS))
     return scores
 
 
-def _task(problem: str, method: str, params: Params, seed: int, quick: bool) -> Task:
+def _task(problem: str, method: str, params: Params, seed: int, steps: int) -> Task:
     return task(
         "train",
         {
@@ -171,7 +165,7 @@ def _task(problem: str, method: str, params: Params, seed: int, quick: bool) -> 
             "method": method,
             "params": dict(params),
             "weight_decay": 0.0,
-            "steps": steps(problem, quick),
+            "steps": steps,
             "seed": seed,
         },
     )
