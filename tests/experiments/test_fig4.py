@@ -181,7 +181,7 @@ def test_section_says_what_was_found_and_left_out() -> None:
     panels = fig4.panels(lab, plan, ["wine-fcn"])
     found = section(panels, plan.steps, {"digits-fcn": "no files"}, quick=True)
     assert any("digits was left out: no files" in paragraph for paragraph in found.text)
-    assert [picture.name for picture in found.pictures] == ["fig4-wine", "fig4b-wine"]
+    assert [picture.name for picture in found.pictures] == ["grid-wine", "curves-wine"]
     assert all(len(row) == len(table.header) for table in found.tables for row in table.rows)
     assert {verdict.judgement for verdict in found.verdicts} == {"cannot be tested here"}
     maps = found.pictures[0].figure.axes[1]  # of the batch form

@@ -11,6 +11,7 @@ from ddpnopt.experiments.paper.cost import DENSE, case
 from ddpnopt.experiments.paper.fig3_groups import BATCHES, GROUPS, Group
 from ddpnopt.experiments.paper.kinds import task
 from ddpnopt.experiments.paper.methods import METHODS
+from ddpnopt.experiments.report.claims import CLAIMS
 from ddpnopt.experiments.report.cost_figures import growth_figure, ratio
 from ddpnopt.experiments.report.section import Form, Picture, Section, Table, Verdict
 from ddpnopt.experiments.study.lab import Lab
@@ -76,10 +77,10 @@ def section(
     tables += [memory_table(name, memory) for name in _of(memory)]
     seconds = {point: median(block) for point, block in blocks.items()}
     added = {point: one["added"] for point, one in memory.items()}
-    pictures = [Picture("fig3-time", "Seconds per step against the batch size", _figure(seconds, "seconds per step"))]
+    pictures = [Picture("time", "Seconds per step against the batch size", _figure(seconds, "seconds per step"))]
     if memory:
         drawn = _figure(added, "MiB that two steps add")
-        pictures.append(Picture("fig3-memory", "Memory of two steps against the batch size", drawn))
+        pictures.append(Picture("memory", "Memory of two steps against the batch size", drawn))
     return Section(
         "fig3",
         "Time and memory of a step (Fig. 3)",
@@ -108,7 +109,7 @@ def verdict(form: Form, blocks: Mapping[Point, Sequence[float]]) -> Verdict:
         f"{name}: {ekfac:.2f} times EKFAC, {adam:.2f} times Adam" for name, (ekfac, adam) in found.items()
     )
     return Verdict(
-        "nearly as fast as standard methods",
+        CLAIMS[3],
         form,
         "holds" if holds else "does not hold",
         f"Median over batch sizes of the time of a step: {words}; at most {OVER_EKFAC} and {OVER_ADAM} were asked for.",

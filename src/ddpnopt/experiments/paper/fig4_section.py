@@ -9,12 +9,13 @@ from ddpnopt.experiments.data import source
 from ddpnopt.experiments.paper.fig4_panel import Panel, Runs, Tally, tally
 from ddpnopt.experiments.paper.problems import PROBLEMS
 from ddpnopt.experiments.paper.training import POINT
+from ddpnopt.experiments.report.claims import CLAIMS
 from ddpnopt.experiments.report.grid_figures import Band, HeatMap, curve_panels, heat_maps
 from ddpnopt.experiments.report.section import Form, Judgement, Picture, Section, Table, Verdict
 from ddpnopt.experiments.report.tables import number
 from ddpnopt.experiments.stats import Interval
 
-GROWS = "robust to hyper-parameters, the improvement growing with the learning rate"
+GROWS = CLAIMS[2]
 SETTLES = "lower variance and faster convergence than without feedback"
 LEAST_SEEDS = 5  # fewer say too little about variance to judge by
 LIMIT = 10.0  # points at which the colours of the maps end
@@ -259,14 +260,14 @@ def _pictures(problem: str, panels: Sequence[Panel]) -> Iterator[Picture]:
             for words, runs in (("with feedback", panel.closed), ("without", panel.open))
         ]
     yield Picture(
-        f"fig4-{PROBLEMS[problem].dataset}",
+        f"grid-{PROBLEMS[problem].dataset}",
         f"What feedback adds to the test accuracy on {dataset}, in points",
         heat_maps(maps, "learning rate", "weight decay", "points", LIMIT),
         note="Each map: accuracy with feedback less that without, mean over paired seeds; bold with a star where the "
         f"95 % t interval leaves out zero. Purple is better, orange worse; colours end at {LIMIT:g} points.",
     )
     yield Picture(
-        f"fig4b-{PROBLEMS[problem].dataset}",
+        f"curves-{PROBLEMS[problem].dataset}",
         f"Convergence with and without feedback on {dataset}",
         curve_panels(curves),
         note="Train loss, mean over seeds of the means of ten batches; the band reaches from quartile to quartile. At "

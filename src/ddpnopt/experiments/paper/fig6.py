@@ -159,13 +159,13 @@ def _norms(loss: str, own: Sequence[Entry]) -> Table:
 def _pictures(loss: str, own: Sequence[Entry], effort: Effort) -> Iterator[Picture]:
     curves = {entry.label: entry.curve for entry in own}
     yield Picture(
-        f"fig6-{loss}-curves",
+        f"{loss}-curves",
         f"Train loss along training, {TITLES[loss]}",
         curves_figure(TITLES[loss], effort.block, curves, plateau_of(loss), highest=1.5 * plateau_of(loss)),
         f"Mean over {effort.block} batches and over seeds; what lies above the axis is cut.",
     )
     yield Picture(
-        f"fig6-{loss}-norms",
+        f"{loss}-norms",
         f"Update norms by layer, {TITLES[loss]}",
         norms_figure(TITLES[loss], {entry.label: entry.norms for entry in own}),
     )

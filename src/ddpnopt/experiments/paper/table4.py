@@ -134,9 +134,7 @@ def section(large: Costs, small: Costs, mebibytes: Costs, quick: bool) -> Sectio
         growth_table("Time: measured exponents of growth", seconds),
     ]
     pictures = [
-        Picture(
-            "table4-time", "Seconds per step against batch size, width and depth", _figure(seconds, "seconds per step")
-        )
+        Picture("time", "Seconds per step against batch size, width and depth", _figure(seconds, "seconds per step"))
     ]
     text = [
         "The paper's analysis: vanilla DDP's time grows with the cube of batch size and width, DDPNOpt's as that of "
@@ -151,7 +149,7 @@ def section(large: Costs, small: Costs, mebibytes: Costs, quick: bool) -> Sectio
         tables.append(growth_table("Memory: measured exponents of growth", mebibytes))
         pictures.append(
             Picture(
-                "table4-memory",
+                "memory",
                 "Memory against batch size, width and depth",
                 _figure(mebibytes, "MiB that two steps add"),
             )
