@@ -40,7 +40,7 @@ class Effort:
     block: int
 
 
-FULL = Effort(steps=800, seeds=5, tuning_steps=200, combinations=4, block=20)
+FULL = Effort(steps=800, seeds=5, tuning_steps=200, combinations=6, block=20)
 QUICK = Effort(steps=100, seeds=3, tuning_steps=80, combinations=3, block=10)
 
 
