@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from ddpnopt import DDPNOpt
 from ddpnopt.baselines import EKFAC, VanillaDDP
 from ddpnopt.experiments.paper import availability, table3, table3_runs, training
 from ddpnopt.experiments.paper.kinds import task
 from ddpnopt.experiments.paper.methods import BUDGET, METHODS, Params, Setup
 from ddpnopt.experiments.paper.problems import PROBLEMS
-from ddpnopt.experiments.paper.table3_runs import Effort, Entry, Row, thinned
+from ddpnopt.experiments.paper.table3_runs import Effort, Entry, Row
+from ddpnopt.experiments.paper.tuning import thinned
 from ddpnopt.experiments.study.lab import DirectLab, best, combinations
 from ddpnopt.experiments.study.task import Kind
 
@@ -176,12 +178,12 @@ def entry(name: str, *tests: float, tuned: float = 0.9) -> Entry:
 
 
 def row(problem: str, **accuracies: float) -> Row:
-    """Three seeds about each mean accuracy, the spread the same for all methods but 0.1 points of their own."""
+    """Five seeds about each mean accuracy, the spread the same for all methods but 0.1 points of their own."""
     entries = [
-        entry(name.replace("_", "-"), *(mean + 0.01 * seed + 0.001 * ((seed + place) % 3) for seed in range(3)))
+        entry(name.replace("_", "-"), *(mean + 0.01 * seed + 0.001 * ((seed + place) % 3) for seed in range(5)))
         for place, (name, mean) in enumerate(accuracies.items())
     ]
-    return Row(problem, Effort(8, 2, 3, 10), tuple(entries))
+    return Row(problem, Effort(8, 2, 5, 10), tuple(entries))
 
 
 def judged(*rows: Row) -> dict[tuple[str, str], str]:
@@ -218,10 +220,9 @@ def test_verdicts() -> None:
     assert once["competitive", "published"] == "does not hold"  # 5 points behind on average
     assert once["competitive", "batch"] == "holds"
     assert judged() == {key: "cannot be tested here" for key in better}
-    single = replace(full("wine-fcn", 0.85, 0.85), entries=tuple(
-        replace(one, tests=one.tests[:1]) for one in full("wine-fcn", 0.85, 0.85).entries
-    ))  # fmt: skip
-    assert set(judged(single).values()) == {"cannot be tested here"}
+    few = replace(full("wine-fcn", 0.85, 0.85), effort=Effort(8, 2, 4, 10))
+    assert set(judged(few).values()) == {"cannot be tested here"}
+    assert "Not judged: WINE, FCN" in table3.section([few, full("digits-fcn", 0.8, 0.8)]).verdicts[0].evidence
 
 
 def test_the_published_form_is_read_as_validation_has_it() -> None:
@@ -245,7 +246,7 @@ def test_every_table_is_whole() -> None:
     for table in section.tables:
         assert all(len(line) == len(table.header) for line in table.rows), table.title
     summary = {line[0]: line[1:] for line in section.tables[0].rows}
-    assert summary["SGD, momentum 0.9"][0] == "81.1 ± 2.7"
+    assert summary["SGD, momentum 0.9"][0] == "82.1 ± 2.0"
     assert "not run" not in str(section.tables[0].rows)
     assert len({table.title for table in section.tables}) == len(section.tables)
 
@@ -255,3 +256,23 @@ def test_nothing_is_cut_in_the_uncut_plan() -> None:
     assert all(effort.trials == BUDGET and effort.seeds == 10 for effort in table3_runs.UNCUT.values())
     found = [replace(full(name, 0.8, 0.8), effort=effort) for name, effort in table3_runs.UNCUT.items()]
     assert table3.section(found, "table3-uncut").tables[-1].rows == []
+
+
+def test_untuned_means_the_librarys_defaults() -> None:
+    ours = trained(method(table3_runs.OWN, table3_runs.UNTUNED))
+    for mine, default in zip(ours, trained(lambda model, _: DDPNOpt(model)), strict=True):
+        assert torch.equal(mine, default)
+
+
+def test_a_device_is_part_of_a_tasks_name() -> None:
+    settings = {"problem": "iris-fcn", "method": "adam", "params": {"lr": 0.01}, "weight_decay": 0.0, "steps": 9}
+    plain, named = training.run(settings | {"seed": 0}), training.run(settings | {"seed": 0, "device": "cpu"})
+    assert plain["curve"] == named["curve"]
+    seen: list[Mapping[str, Any]] = []
+
+    def record(settings: Mapping[str, Any]) -> dict[str, Any]:
+        seen.append(settings)
+        return scored(settings)
+
+    table3_runs.rows(fake(record), {"iris-fcn": Effort(1, 1, 1, 5)}, "cuda")
+    assert {one["device"] for one in seen} == {"cuda"}

@@ -20,7 +20,7 @@ from ddpnopt.experiments.files import write_atomic
 from ddpnopt.experiments.interrupt import StopRequest
 from ddpnopt.experiments.paper.registry import EXPERIMENTS
 from ddpnopt.experiments.report import report
-from ddpnopt.experiments.report.section import Section
+from ddpnopt.experiments.report.section import Section, withheld
 from ddpnopt.experiments.study.database_lab import DatabaseLab
 from ddpnopt.experiments.study.display import RunsDisplay
 from ddpnopt.experiments.study.store import Store
@@ -73,6 +73,8 @@ class Reproduce:
         Raises:
             ValueError: runs failed or settings will not do; the other experiments were carried out and reported.
         """
+        if self.options.jobs is not None and self.options.jobs < 0:
+            raise ValueError(f"jobs must be at least 0, not {self.options.jobs}")
         address = self.options.storage or f"sqlite:///{self.options.out / 'runs.db'}"
         done, failed = [], []
         with Store(address) as store, StopRequest() as stop, RunsDisplay() as display:
@@ -97,6 +99,8 @@ class Reproduce:
         began = time.monotonic()
         lab = DatabaseLab(store, study, self.kinds, jobs, display, stop)
         section = EXPERIMENTS[name].run(lab, self.options.quick)
+        if self.options.quick:
+            section = withheld(section, "A quick run is too short to judge by.")
         records, seconds = _records(store, lab)
         path = self.options.out / "records" / f"{study}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The paper's problems: a dataset and a network each, how long to train, and the accuracies the paper reports."""
+"""The paper's problems: a dataset and a network each, and the accuracies the paper reports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +20,6 @@ class Problem:
         width: units in a hidden layer of the fcn; the paper says 10 to 32 by dataset.
         activation: of the fcn.
         batch_size: samples per step; the paper says 8 to 32 for the fcn, 128 for the cnn.
-        steps: of a full run. The paper does not say how many it took.
-        quick_steps: of a quick run.
         paper: test accuracy in percent by column of the paper's table, mean of ten seeds; empty where it has no row.
     """
 
@@ -30,8 +28,6 @@ class Problem:
     width: int
     activation: str
     batch_size: int
-    steps: int
-    quick_steps: int
     paper: Mapping[str, float]
 
 
@@ -48,24 +44,16 @@ def _no_vanilla(*values: float) -> Mapping[str, float]:
 
 # accuracies: Liu, Chen, Theodorou, ICLR 2021, Table 3
 PROBLEMS: Mapping[str, Problem] = {
-    "wine-fcn": Problem("wine", "fcn", 16, "tanh", 16, 160, 80, _row(94.35, 98.10, 98.13, 94.60, 93.56, 98.00, 98.18)),
-    "iris-fcn": Problem("iris", "fcn", 16, "tanh", 16, 160, 80, {}),
-    "digits-fcn": Problem(
-        "digits", "fcn", 32, "tanh", 16, 400, 200, _row(95.36, 94.33, 94.98, 95.24, 94.87, 91.68, 95.13)
-    ),
-    "mnist-fcn": Problem(
-        "mnist", "fcn", 32, "relu", 32, 800, 100, _row(92.65, 91.89, 92.54, 92.73, 90.24, 90.42, 93.30)
-    ),
+    "wine-fcn": Problem("wine", "fcn", 16, "tanh", 16, _row(94.35, 98.10, 98.13, 94.60, 93.56, 98.00, 98.18)),
+    "iris-fcn": Problem("iris", "fcn", 16, "tanh", 16, {}),
+    "digits-fcn": Problem("digits", "fcn", 32, "tanh", 16, _row(95.36, 94.33, 94.98, 95.24, 94.87, 91.68, 95.13)),
+    "mnist-fcn": Problem("mnist", "fcn", 32, "relu", 32, _row(92.65, 91.89, 92.54, 92.73, 90.24, 90.42, 93.30)),
     "fashion-mnist-fcn": Problem(
-        "fashion-mnist", "fcn", 32, "relu", 32, 800, 100, _row(82.49, 83.87, 84.36, 84.12, 82.04, 81.98, 84.98)
+        "fashion-mnist", "fcn", 32, "relu", 32, _row(82.49, 83.87, 84.36, 84.12, 82.04, 81.98, 84.98)
     ),
-    "mnist-cnn": Problem(
-        "mnist", "cnn", 0, "relu", 128, 100, 20, _no_vanilla(97.94, 98.05, 98.04, 98.02, 96.48, 98.09)
-    ),
-    "svhn-cnn": Problem("svhn", "cnn", 0, "relu", 128, 100, 20, _no_vanilla(89.00, 88.41, 87.76, 90.63, 79.45, 90.70)),
-    "cifar10-cnn": Problem(
-        "cifar10", "cnn", 0, "relu", 128, 100, 20, _no_vanilla(71.26, 70.52, 70.04, 71.85, 61.42, 71.92)
-    ),
+    "mnist-cnn": Problem("mnist", "cnn", 0, "relu", 128, _no_vanilla(97.94, 98.05, 98.04, 98.02, 96.48, 98.09)),
+    "svhn-cnn": Problem("svhn", "cnn", 0, "relu", 128, _no_vanilla(89.00, 88.41, 87.76, 90.63, 79.45, 90.70)),
+    "cifar10-cnn": Problem("cifar10", "cnn", 0, "relu", 128, _no_vanilla(71.26, 70.52, 70.04, 71.85, 61.42, 71.92)),
 }
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,36 +29,40 @@ def run(settings: Mapping[str, Any]) -> Result:
     Args:
         settings: ``problem``, ``method`` and ``params`` (keys of ``PROBLEMS``, ``METHODS``, hyper-parameters),
             ``weight_decay``, ``steps``, ``seed``. Initial weights and order of the samples depend on the seed alone,
-            so that methods are paired.
+            so that methods are paired. ``device`` (default "cpu"): where, as torch names it.
 
     Returns:
         ``validation`` and ``test``: accuracy of the last weights, 0 to 1; ``loss``: mean over (the first 5,000 of)
-        the train part, None where it is not finite; ``diverged``: the step at which loss or update was not finite,
-        else None; ``curve``: mean loss of every ten batches; ``seconds``: in steps.
+        the train part, None where it is not finite; ``diverged``: the step at which loss or update was not finite, or
+        after which the final loss is not, else None; ``curve``: mean loss of every ten batches; ``seconds``: in steps.
     """
     problem, seed = PROBLEMS[settings["problem"]], int(settings["seed"])
-    dataset = loaded(problem.dataset)
+    device, steps = str(settings.get("device", "cpu")), int(settings["steps"])
+    dataset = loaded(problem.dataset, device)
     with own_random_state(seed, threads=1):
-        model, criterion = network(problem, dataset.source, seed), nn.CrossEntropyLoss()
+        model, criterion = network(problem, dataset.source, seed).to(device), nn.CrossEntropyLoss()
         setup = Setup(model, criterion, problem.batch_size, settings["weight_decay"])
         optimizer = METHODS[settings["method"]].build(setup, settings["params"])
-        losses, seconds = _train(model, criterion, optimizer, dataset, problem, int(settings["steps"]), seed)
+        losses, seconds = _train(model, criterion, optimizer, dataset, problem, steps, seed)
         few = data.Part(dataset.train.x[:TRAIN_SAMPLES], dataset.train.y[:TRAIN_SAMPLES])
         loss = evaluate(model, criterion, few)[0]
         return {
             "validation": round(evaluate(model, criterion, dataset.validation)[1], 6),
             "test": round(evaluate(model, criterion, dataset.test)[1], 6),
             "loss": float(f"{loss:.6g}") if math.isfinite(loss) else None,
-            "diverged": None if len(losses) == settings["steps"] else len(losses) + 1,
+            "diverged": None if len(losses) == steps and math.isfinite(loss) else min(len(losses) + 1, steps),
             "curve": [float(f"{math.fsum(part) / len(part):.5g}") for part in _blocks(losses)],
             "seconds": round(seconds, 4),
         }
 
 
 @lru_cache(2)
-def loaded(name: str) -> Dataset:
-    """A dataset, kept for the next task of the same process."""
-    return data.load(name)
+def loaded(name: str, device: str = "cpu") -> Dataset:
+    """A dataset on a device, kept for the next task of the same process."""
+    dataset = data.load(name)
+    parts = (dataset.train, dataset.validation, dataset.test)
+    train, validation, test = (data.Part(part.x.to(device), part.y.to(device)) for part in parts)
+    return replace(dataset, train=train, validation=validation, test=test)
 
 
 def batches(samples: int, size: int, seed: int) -> Iterator[Tensor]:

@@ -15,6 +15,8 @@ CLAIMS: tuple[str, ...] = (
     "mitigates vanishing gradients",
 )
 
+LEAST_SEEDS = 5  # of an experiment whose verdict rests on an interval over seeds
+
 FORMS: tuple[Form, ...] = get_args(Form)
 NOT_RUN = "not run"
 MARKS: Mapping[str, str] = {"holds": "✓", "does not hold": "✗", "cannot be tested here": "?", NOT_RUN: "–"}

@@ -1,7 +1,7 @@
 """What an experiment has to say, before it is a page: text, facts, tables, pictures and verdicts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from matplotlib.figure import Figure
@@ -80,6 +80,14 @@ class Section:
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     verdicts: Sequence[Verdict] = ()
+
+
+def withheld(section: Section, why: str) -> Section:
+    """The section with no claim judged, for the reason given."""
+    verdicts = [
+        replace(one, judgement="cannot be tested here", evidence=f"{why} {one.evidence}") for one in section.verdicts
+    ]
+    return replace(section, verdicts=verdicts)
 
 
 def paragraphs(text: str) -> list[str]:
