@@ -8,15 +8,15 @@ from statistics import mean, median
 from ddpnopt.experiments.data import source
 from ddpnopt.experiments.paper import vanishing
 from ddpnopt.experiments.paper.kinds import task
-from ddpnopt.experiments.paper.table3_runs import thinned
+from ddpnopt.experiments.paper.tuning import thinned, tuned
 from ddpnopt.experiments.paper.vanishing import LOSSES, RIVALS
 from ddpnopt.experiments.report.section import Form
 from ddpnopt.experiments.stats import Interval, mean_interval, paired_difference
-from ddpnopt.experiments.study.lab import Lab, Params
+from ddpnopt.experiments.study.lab import Lab, Params, combinations
 from ddpnopt.experiments.study.task import Result, Task
 
 TUNING_SEED = 1000
-FIRST_SEED = 10  # lower ones were looked at while the grids were chosen
+FIRST_SEED = 10  # seed 0 was looked at while the grids were placed; 0 to 9 are kept out as a margin
 ESCAPED = 0.9  # of the plateau's loss
 _WORST = -1e30
 
@@ -29,7 +29,7 @@ class Effort:
         steps: of a reported run.
         seeds: number of them reported, from ``FIRST_SEED`` on.
         tuning_steps: of a run of the search.
-        combinations: tried; a method's grid is cut down to them.
+        combinations: tried, by every method; its grid is cut down to them.
         block: steps per point of the loss curve.
     """
 
@@ -46,11 +46,19 @@ QUICK = Effort(steps=100, seeds=3, tuning_steps=80, combinations=3, block=10)
 
 @dataclass(frozen=True)
 class Entry:
-    """One method under one loss: its hyper-parameters and the results of its seeds."""
+    """One method under one loss.
+
+    Attributes:
+        loss, method: names.
+        params: hyper-parameters that its search chose.
+        tuned: their score in the search, the validation loss with its sign changed; higher is better.
+        results: of the reported seeds.
+    """
 
     loss: str
     method: str
     params: Params
+    tuned: float
     results: tuple[Result, ...]
 
     @property
@@ -61,12 +69,9 @@ class Entry:
     @property
     def losses(self) -> tuple[float, ...] | None:
         """Final train loss of each seed; None if a run diverged."""
-        return self._finite("loss")
-
-    @property
-    def validation_losses(self) -> tuple[float, ...] | None:
-        """Final validation loss of each seed; None if a run diverged."""
-        return self._finite("validation_loss")
+        if any(one["diverged"] is not None or one["loss"] is None for one in self.results):
+            return None
+        return tuple(one["loss"] for one in self.results)
 
     @property
     def norms(self) -> list[float]:
@@ -80,28 +85,45 @@ class Entry:
         points = zip(*(one["curve"] for one in self.results), strict=False)
         return [math.nan if None in point else mean(point) for point in points]
 
-    def _finite(self, name: str) -> tuple[float, ...] | None:
-        if any(one["diverged"] is not None or one[name] is None for one in self.results):
-            return None
-        return tuple(one[name] for one in self.results)
-
 
 def entries(lab: Lab, effort: Effort) -> list[Entry]:
-    """Search, then run: one entry for each loss and method, in the order of ``LOSSES`` and ``RIVALS``."""
+    """Search, then run: one entry for each loss and method, in the order of ``LOSSES`` and ``RIVALS``.
+
+    Raises:
+        ValueError: see :func:`searched`.
+    """
     plan = [(loss, method) for loss in LOSSES for method in methods(loss)]
 
     def values(asked: list[tuple[str, Params]]) -> list[float]:
         tasks = [_task(search, params, effort.tuning_steps, TUNING_SEED, effort.block) for search, params in asked]
         return [_score(result) for result in lab.execute(tasks)]
 
-    grids = {f"{loss}/{method}": thinned(RIVALS[method].grid, effort.combinations) for loss, method in plan}
-    chosen = lab.search(grids, values)
+    cut = searched(effort)
+    grids = {f"{loss}/{method}": cut[method] for loss, method in plan}
+    chosen, scores = tuned(lab, grids, values)
     seeds = range(FIRST_SEED, FIRST_SEED + effort.seeds)
     tasks = [_task(search, chosen[search], effort.steps, seed, effort.block) for search in grids for seed in seeds]
     results = iter(lab.execute(tasks))
     return [
-        Entry(loss, method, chosen[f"{loss}/{method}"], tuple(next(results) for _ in seeds)) for loss, method in plan
+        Entry(loss, method, chosen[search], scores[search], tuple(next(results) for _ in seeds))
+        for search, (loss, method) in zip(grids, plan, strict=True)
     ]
+
+
+def searched(effort: Effort) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Values that a search tries, by method and hyper-parameter, the same for both losses.
+
+    Raises:
+        ValueError: a method would try another number of combinations than the others.
+    """
+    grids = {method: thinned(rival.grid, effort.combinations) for method, rival in RIVALS.items()}
+    for method, grid in grids.items():
+        if (count := len(combinations(grid))) != effort.combinations:
+            raise ValueError(
+                f"the search of {method} has {count} combinations, not {effort.combinations} like the others; "
+                "change its grid or the effort"
+            )
+    return grids
 
 
 def methods(loss: str) -> tuple[str, ...]:
@@ -128,9 +150,9 @@ def escapes(entry: Entry) -> bool:
 
 
 def representative(own: Sequence[Entry], form: Form) -> Entry:
-    """The method that stands for a form: the lowest mean validation loss; one that diverged only if all did."""
+    """The method that stands for a form: the one with the best score in its search, which the reported seeds lack."""
     candidates = [entry for entry in own if RIVALS[entry.method].family == form]
-    return min(candidates, key=lambda entry: mean(entry.validation_losses or [math.inf]))
+    return max(candidates, key=lambda entry: entry.tuned)
 
 
 def plateau_of(loss: str) -> float:
