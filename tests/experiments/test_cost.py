@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from torch import nn
 
 from ddpnopt.baselines import VanillaDDP
-from ddpnopt.experiments.paper import cost, fig3, fig3_groups, table4
+from ddpnopt.experiments.paper import cost, cost_words, fig3, fig3_groups, table4
 from ddpnopt.experiments.paper.cost import DENSE, case
 from ddpnopt.experiments.paper.kinds import KINDS
 from ddpnopt.experiments.report.cost_figures import FITTED, Curve, exponent, growth, growth_figure, ratio
@@ -42,7 +42,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks and few cases."""
     words = dict(timed=("adam", "ekfac", "share-ekfac", "batch", "vanilla", DENSE), remembered=("adam", "batch"))
     settings: dict[str, Any] = dict(batches=(8,), quick_batches=(8, 16), turns=2, quick_turns=2, repeats=1, **words)
-    small = {name: fig3_groups.Group(name, [3, 4, 2], **settings) for name in ("fcn", "digits")}
+    small = {name: fig3_groups.Group(name, f"short {name}", [3, 4, 2], **settings) for name in ("fcn", "digits")}
     monkeypatch.setattr(fig3, "GROUPS", small)
 
 
@@ -175,9 +175,14 @@ def verdict_at(over_ekfac: float, over_adam: float) -> str:
 
 
 def test_nearly_as_fast_is_judged_by_both_ratios() -> None:
-    assert verdict_at(1.3, 2.2) == "holds"
-    assert verdict_at(1.4, 2.2) == "does not hold"
-    assert verdict_at(1.3, 2.4) == "does not hold"
+    assert verdict_at(1.332, 2.27) == "holds"
+    assert verdict_at(1.335, 2.2) == "does not hold"
+    assert verdict_at(1.3, 2.28) == "does not hold"
+
+
+def test_nothing_measured_is_nothing_judged() -> None:
+    blocks = {("digits", 8, method): [1.0] for method in ("adam", "ekfac", "batch")}
+    assert fig3.verdict("batch", blocks).judgement == "cannot be tested here"
 
 
 def test_one_slow_network_is_enough_to_be_slow() -> None:
@@ -220,6 +225,8 @@ def test_fig3_end_to_end(few: None) -> None:
     assert compared["paper: DDPNOpt / Adam"] == ["1.69", "1.89"]
     assert compared["paper: vanilla DDP / Adam"] == ["5.85", "17.55"]
     assert [one.form for one in section.verdicts] == ["published", "batch"]
+    assert "at most 1.33 times EKFAC's and 2.27 times Adam's" in " ".join(section.text)
+    assert [axes.get_title() for axes in section.pictures[0].figure.axes] == ["short fcn", "short digits"]
     if cost.STATUS.exists():
         memory = {row[0]: row[1:] for row in section.tables[4].rows}
         assert memory["Adam: MiB added"] == ["8.0", "16.0"]
@@ -244,7 +251,9 @@ def test_table4_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     section = table4.run(lab, True)
     assert [len(task.settings["cases"]) for task in lab.given if task.kind == "time"] == [6, 6, 6, 9, 9, 9]
     assert [table.title[:4] for table in section.tables][:3] == ["Time", "Memo", "Time"]
-    assert [row[0] for row in section.tables[2].rows] == [fig3.label(name) for name in ("adam", "batch", DENSE)]
+    assert all(len(row) == len(table.header) for table in section.tables for row in table.rows)
+    assert "This rule was set after a first measurement" in " ".join(section.text)
+    assert [row[0] for row in section.tables[2].rows] == [cost_words.label(name) for name in ("adam", "batch", DENSE)]
     if cost.STATUS.exists():
         assert section.tables[3].rows[0][1:3] == ["1.00", "1.00"]  # the memory that this lab makes up is B
 

@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -181,10 +182,10 @@ def test_unknown_loss_is_refused() -> None:
         vanishing.run({**SETTINGS, "loss": "hinge"})
 
 
-def entry(method: str, losses: list[float | None], loss: str = "mmc") -> Entry:
+def entry(method: str, losses: list[float | None], loss: str = "mmc", tuned: float = -1.0) -> Entry:
     rest = {"test": 0.5, "norms": [0.1] * 10, "curve": [1.0, 2.0]}
     own = [{"loss": v, "validation_loss": v, "diverged": 1 if v is None else None, **rest} for v in losses]
-    return Entry(loss, method, {"lr": 0.1}, tuple(own))
+    return Entry(loss, method, {"lr": 0.1}, tuned, tuple(own))
 
 
 def test_rules_of_the_verdict() -> None:
@@ -198,16 +199,55 @@ def test_rules_of_the_verdict() -> None:
     assert fig6_runs.escapes(low)
     assert not fig6_runs.escapes(entry("batch", [8.2, 8.3, 8.2]))
     assert not fig6_runs.escapes(lost)
-    assert fig6_runs.representative(
-        [lost, entry("batch", [None, 1]), entry("batch-exact", [3, 3])], "batch"
-    ).method == ("batch-exact")
 
 
-@pytest.mark.parametrize(("own", "expected"), [([1, 1.1, 1.2], "holds"), ([3, 3.1, 3.2], "does not hold")])
+def test_form_is_represented_by_its_search_alone() -> None:
+    """The method that did better on the reported seeds is not chosen."""
+    own = [entry("sgd-vgr", [0, 0], tuned=0.0), entry("batch", [1, 1], tuned=-2.0), entry("batch-exact", [3, 3])]
+    assert fig6_runs.representative(own, "batch").method == "batch-exact"
+
+
+def test_every_method_tries_as_many_combinations_or_none_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for effort in (fig6_runs.FULL, fig6_runs.QUICK):
+        found = fig6_runs.searched(effort)
+        assert {math.prod(map(len, grid.values())) for grid in found.values()} == {effort.combinations}
+    short = replace(vanishing.RIVALS["batch"], grid={"lr": (0.1, 1.0), "damping": (1e-3,)})
+    monkeypatch.setattr(fig6_runs, "RIVALS", {**vanishing.RIVALS, "batch": short})
+    with pytest.raises(ValueError, match="the search of batch has 2 combinations, not 6"):
+        fig6_runs.entries(DirectLab({}), fig6_runs.FULL)
+
+
+def test_scores_of_the_search_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up runner makes the highest second hyper-parameter the best, and every reported run equally good."""
+
+    def made_up(settings: Mapping[str, Any]) -> dict[str, Any]:
+        tuning = settings["seed"] == fig6_runs.TUNING_SEED
+        loss = 1 / list(settings["params"].values())[1] if tuning else 1.0
+        return {"loss": 1.0, "validation_loss": loss, "test": 0.5, "norms": None, "curve": [1.0], "diverged": None}
+
+    tiny = Effort(steps=2, seeds=2, tuning_steps=1, combinations=3, block=1)
+    for found in fig6_runs.entries(DirectLab({"vanishing": Kind(made_up, ())}), tiny):
+        highest = max(fig6_runs.searched(tiny)[found.method].items(), key=lambda one: len(one[1]))
+        assert found.params[highest[0]] == max(highest[1])
+        assert found.tuned == pytest.approx(-1 / max(highest[1]))
+
+
+def test_section_says_what_is_not_searched() -> None:
+    found = [entry(method, [1.0], loss) for loss in vanishing.LOSSES for method in fig6_runs.methods(loss)]
+    full, quick = (fig6.section(found, effort) for effort in (fig6_runs.FULL, fig6_runs.QUICK))
+    assert "has one value for a method: eps (0.01 for DDPNOpt (full V_xx), 0.01 for DDPNOpt2nd" in full.text[3]
+    assert "has one value for a method: lr (0.03 for SGD-VGR, 0.001 for EKFAC" in quick.text[3]
+    assert "SGD-VGR: lr 0.03, 0.1 × strength 10, 3, 1; " in dict(full.facts)["searched"]
+    assert "SGD-VGR: lr 0.03 × strength 10, 3, 1; " in dict(quick.facts)["searched"]
+
+
+@pytest.mark.parametrize(("own", "expected"), [([1, 1.1, 1.2, 1, 1], "holds"), ([3, 3.1, 3.2, 3, 3], "does not hold")])
 def test_verdict_is_read_off_the_results(own: list[float | None], expected: str) -> None:
-    losses: Mapping[str, list[float | None]] = {"batch": own, "sgd-vgr": [5, 5.1, 5.2], "batch-exact": [8, 8, 8]}
+    losses: Mapping[str, list[float | None]] = {"batch": own, "sgd-vgr": [5, 5.1, 5.2, 5, 5], "batch-exact": [8] * 5}
     found = [
-        entry(method, losses.get(method, [2.1, 2.2, 2.3]), loss)
+        entry(
+            method, losses.get(method, [2.1, 2.2, 2.3, 2.2, 2.2]), loss, tuned=-8.0 if method == "batch-exact" else -1.0
+        )
         for loss in vanishing.LOSSES
         for method in fig6_runs.methods(loss)
     ]
@@ -233,7 +273,8 @@ def test_section_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dict(section.facts)["reported"] == "2 steps, 2 seeds"
 
 
-def test_one_seed_tests_nothing() -> None:
-    found = [entry(method, [1.0], loss) for loss in vanishing.LOSSES for method in fig6_runs.methods(loss)]
-    section = fig6.section(found, replace(fig6_runs.QUICK, seeds=1))
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_few_seeds_test_nothing(seeds: int) -> None:
+    found = [entry(method, [1.0] * seeds, loss) for loss in vanishing.LOSSES for method in fig6_runs.methods(loss)]
+    section = fig6.section(found, replace(fig6_runs.QUICK, seeds=seeds))
     assert {verdict.judgement for verdict in section.verdicts} == {"cannot be tested here"}

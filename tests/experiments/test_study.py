@@ -17,6 +17,7 @@ from typing import Any
 
 import optuna
 import pytest
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import OperationalError
 
 from ddpnopt.experiments.study import database_lab, identity, search
@@ -413,6 +414,44 @@ def test_a_value_that_is_no_number_is_a_failed_trial_and_a_doubled_one_is_refuse
     assert [state for some in trials(address).values() for _, state, _, _ in some].count("FAIL") == 1
     with pytest.raises(ValueError, match="names a value twice"):
         search.search(address, "toy", 1, {"some": {"a": (1.0, 1.0)}}, lambda _: [0.0, 0.0])
+
+
+def test_a_search_outlives_connections_that_are_dropped_during_the_runs(store: Store) -> None:
+    opened: list[sqlite3.Connection] = []
+
+    def drop(asked: list[tuple[str, Params]]) -> list[float]:
+        for connection in opened:
+            connection.close()
+        return score(asked)
+
+    def remember(connection: sqlite3.Connection, _: Any) -> None:
+        opened.append(connection)
+
+    event.listen(Engine, "connect", remember)
+    try:
+        choice = search.search(store.address, "toy", CODES, toy.GRIDS, drop)
+    finally:
+        event.remove(Engine, "connect", remember)
+    assert choice == DirectLab({}).search(toy.GRIDS, score)
+    assert {state for some in trials(store.address).values() for _, state, _, _ in some} == {"COMPLETE"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OperationalError("", {}, sqlite3.OperationalError("away")), optuna.exceptions.StorageInternalError("away")],
+)
+def test_a_search_whose_storage_goes_away_says_so_and_is_continued(
+    store: Store, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="does not answer; what it holds is kept"):
+        patch.setattr(optuna.Study, "tell", away)
+        search.search(store.address, "toy", CODES, toy.GRIDS, score)
+    choice = search.search(store.address, "toy", CODES, toy.GRIDS, score)
+    assert choice == DirectLab({}).search(toy.GRIDS, score)
+    assert sum(len(some) for some in trials(store.address).values()) == 8
 
 
 @pytest.mark.parametrize(

@@ -228,15 +228,6 @@ def test_settings_changed_by_hand_are_refused(iris: Dataset, interrupted: Path) 
         train(tiny(lr=0.2), interrupted, iris)
 
 
-def test_a_write_that_is_killed_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    files.write_atomic(path, b"old")
-    monkeypatch.setattr("os.replace", lambda *_: ctrl_c())
-    with pytest.raises(KeyboardInterrupt):
-        files.write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
-
-
 def test_divergence_is_a_result_and_no_crash(iris: Dataset, tmp_path: Path) -> None:
     config = tiny(optimizer="sgd", lr=1e38)
     result = train(config, tmp_path / "run", iris)

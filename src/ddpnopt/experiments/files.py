@@ -20,13 +20,20 @@ CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file by new content; after a crash it holds the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Replace a file by new content; after a crash it holds the old content or the new, never a part.
+
+    Several processes may write the same file: the last one's content stands.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process's is not to be cut off or moved
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     if os.name == "posix":  # the new name is safe only once its folder is on disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -3,22 +3,20 @@
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-import torch
 from matplotlib.figure import Figure
 
 from ddpnopt.experiments.paper import cost
 from ddpnopt.experiments.paper.cost import DENSE, case
+from ddpnopt.experiments.paper.cost_words import FORMS, label
 from ddpnopt.experiments.paper.fig3_groups import BATCHES, GROUPS, Group
 from ddpnopt.experiments.paper.kinds import task
-from ddpnopt.experiments.paper.methods import METHODS
 from ddpnopt.experiments.report.claims import CLAIMS
 from ddpnopt.experiments.report.cost_figures import growth_figure, ratio
 from ddpnopt.experiments.report.section import Form, Picture, Section, Table, Verdict
 from ddpnopt.experiments.study.lab import Lab
 
-FORMS: Mapping[Form, str] = {"published": "share-ekfac", "batch": "batch"}
-SOURCE = "Liu et al. 2021, Fig. 3, read off the figure, about 1 %"
-# seconds per step and GB by batch size in BATCHES, Liu et al. 2021, Fig. 3; dense DDP did not go further
+SOURCE = "the authors' ICLR slides, p. 10, taken to be the paper's Fig. 3; read off, about 1 %"
+# seconds per step and GB by batch size in BATCHES, from SOURCE; dense DDP did not go further
 PAPER_SECONDS: Mapping[str, tuple[float, ...]] = {
     "adam": (0.065, 0.053, 0.048, 0.044, 0.045, 0.055),
     "ekfac": (0.100, 0.090, 0.090, 0.090, 0.090, 0.090),
@@ -33,7 +31,12 @@ PAPER_GB: Mapping[str, tuple[float, ...]] = {
     "emsa": (0.96, 0.97, 0.97, 0.97, 0.97, 0.97),
     DENSE: (6.09, 11.9, 26.0, 50.0),
 }
-OVER_EKFAC, OVER_ADAM = 1.33, 2.3  # the largest the paper measured for its own method, which it calls nearly as fast
+PAPER_OVER: Mapping[str, list[float]] = {
+    base: [own / its for own, its in zip(PAPER_SECONDS["share-ekfac"], PAPER_SECONDS[base], strict=True)]
+    for base in ("ekfac", "adam")
+}
+# nearly as fast, by the paper's own measure: its method's largest at any batch size
+LIMITS: Mapping[str, float] = {base: max(over) for base, over in PAPER_OVER.items()}
 
 
 Point = tuple[str, int, str]  # group, batch size, method
@@ -88,7 +91,6 @@ def section(
         (
             ("threads", "1"),
             ("data", "random, of the shape the network takes; float32"),
-            ("software", f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"),
             *(("network", group.words) for group in GROUPS.values()),
         ),
         tables,
@@ -100,11 +102,13 @@ def section(
 def verdict(form: Form, blocks: Mapping[Point, Sequence[float]]) -> Verdict:
     """Judge one form by its medians, over batch sizes, of the time over EKFAC's and over Adam's.
 
-    The claim holds if, on the dense network and on the convolutional one, the first is at most 1.33 and the second at
-    most 2.3, the most that the paper measured.
+    The claim holds if, on every measured one of the dense network and the convolutional one, neither is above the
+    paper's largest at any batch size (``LIMITS``), which is lenient; it cannot be tested if neither was measured.
     """
     found = {name: _medians(name, FORMS[form], blocks) for name in ("fcn", "cnn") if name in _of(blocks)}
-    holds = all(ekfac <= OVER_EKFAC and adam <= OVER_ADAM for ekfac, adam in found.values())
+    if not found:
+        return Verdict(CLAIMS[3], form, "cannot be tested here", "No time of a step was measured on either network.")
+    holds = all(ekfac <= LIMITS["ekfac"] and adam <= LIMITS["adam"] for ekfac, adam in found.values())
     words = "; ".join(
         f"{name}: {ekfac:.2f} times EKFAC, {adam:.2f} times Adam" for name, (ekfac, adam) in found.items()
     )
@@ -112,7 +116,8 @@ def verdict(form: Form, blocks: Mapping[Point, Sequence[float]]) -> Verdict:
         CLAIMS[3],
         form,
         "holds" if holds else "does not hold",
-        f"Median over batch sizes of the time of a step: {words}; at most {OVER_EKFAC} and {OVER_ADAM} were asked for.",
+        f"Median over batch sizes of the time of a step: {words}; at most {LIMITS['ekfac']:.2f} and "
+        f"{LIMITS['adam']:.2f} were asked for.",
     )
 
 
@@ -157,7 +162,7 @@ def memory_table(name: str, memory: Mapping[Point, Mapping[str, float]]) -> Tabl
     note = (
         "MiB added: how far two steps, in a process of their own, raised the peak of resident memory above what was "
         "resident when libraries, network, optimizer and data were there. Process: ratio of the peaks themselves, of "
-        f"which Python and torch are a part, as the GPU's context is of the paper's. Paper: {SOURCE}."
+        f"which Python and torch are a part, as the GPU's context probably is of the paper's. Paper: {SOURCE}."
     )
     return Table(f"Memory: {GROUPS[name].words}", ["", *(f"batch {batch}" for batch in batches)], rows, note)
 
@@ -165,18 +170,18 @@ def memory_table(name: str, memory: Mapping[Point, Mapping[str, float]]) -> Tabl
 def _text(
     blocks: Mapping[Point, Sequence[float]], memory: Mapping[Point, Mapping[str, float]], quick: bool
 ) -> list[str]:
-    paper = [own / its for own, its in zip(PAPER_SECONDS["share-ekfac"], PAPER_SECONDS["adam"], strict=True)]
-    kfac = [own / its for own, its in zip(PAPER_SECONDS["share-ekfac"], PAPER_SECONDS["ekfac"], strict=True)]
+    adam, ekfac = (f"{min(PAPER_OVER[base]):.2f} to {LIMITS[base]:.2f}" for base in ("adam", "ekfac"))
     turns = {name: len(next(block for point, block in blocks.items() if point[0] == name)) for name in _of(blocks)}
     text = [
-        f"The paper calls DDPNOpt nearly as fast as standard methods. Its figure shows {min(paper):.2f} to "
-        f"{max(paper):.2f} times Adam's time and {min(kfac):.2f} to {max(kfac):.2f} times EKFAC's ({SOURCE}).",
+        f"The paper calls DDPNOpt nearly as fast as standard methods. Its figure shows {adam} times Adam's time and "
+        f"{ekfac} times EKFAC's ({SOURCE}).",
         "Here all methods take turns in one process on one thread, and each block of steps is compared with the "
         f"other's of the same turn ({', '.join(f'{name}: {count} turns' for name, count in turns.items())}). A block "
         f"is {cost.BLOCK} steps, which hold a curvature's rare refresh in due share; of E-MSA and vanilla DDP, one.",
         "The verdicts ask for a median over batch sizes of at most "
-        f"{OVER_EKFAC} times EKFAC's and {OVER_ADAM} times Adam's, the most that the paper measured, on the dense and "
-        "on the convolutional network. The published form is judged with EKFAC's matrix, which makes EKFAC its like. "
+        f"{LIMITS['ekfac']:.2f} times EKFAC's and {LIMITS['adam']:.2f} times Adam's, on the dense and on the "
+        "convolutional network. That is lenient: our median is held against the paper's maximum over batch sizes. "
+        "The published form is judged with EKFAC's matrix, which makes EKFAC its like. "
         "What Python takes per layer is part of the time, and weighs the more the smaller the layers.",
         _dense(blocks),
     ]
@@ -230,11 +235,6 @@ def _axes(name: str, values: Mapping[Point, object]) -> tuple[list[int], list[st
     return sorted({batch for _, batch, _ in own}), list(dict.fromkeys(method for _, _, method in own))
 
 
-def label(method: str) -> str:
-    """A method's name in tables."""
-    return "vanilla DDP, dense matrices" if method == DENSE else METHODS[method].label
-
-
 def _rows(name: str, values: Mapping[Point, object], methods: Sequence[str], cell: Cell, words: str) -> list[list[str]]:
     batches, _ = _axes(name, values)
     return [
@@ -273,5 +273,5 @@ def _figure(values: Mapping[Point, float], y: str) -> Figure:
         for m in methods:
             there = [batch for batch in batches if (name, batch, m) in values]
             lines[label(m)] = (there, [values[name, batch, m] for batch in there])
-        panels[GROUPS[name].words.split(", ReLU")[0].split(" and")[0]] = ("batch size", lines)
+        panels[GROUPS[name].short] = ("batch size", lines)
     return growth_figure(panels, y)

@@ -14,6 +14,7 @@ class Group:
 
     Attributes:
         words: the network in words.
+        short: the same in few, for a picture.
         network: as a case has it.
         timed, remembered: methods of which time and memory are measured; dense DDP as far as its limit lets it.
         batches, quick_batches: batch sizes.
@@ -22,6 +23,7 @@ class Group:
     """
 
     words: str
+    short: str
     network: str | Sequence[int]
     timed: Sequence[str]
     remembered: Sequence[str]
@@ -36,6 +38,7 @@ _MAIN = ("adam", "ekfac", "share-ekfac", "batch", "emsa")
 GROUPS: Mapping[str, Group] = {
     "fcn": Group(
         "dense network 784-32-32-32-32-10, ReLU (MNIST's shape)",
+        "dense network 784-32-32-32-32-10",
         (784, 32, 5),
         (*_MAIN, "share-rmsprop", "share-sgd", "vanilla"),
         _MAIN,
@@ -47,6 +50,7 @@ GROUPS: Mapping[str, Group] = {
     ),
     "cnn": Group(
         "four convolutions of 32 channels and two dense layers (MNIST's shape)",
+        "four convolutions of 32 channels",
         "cnn",
         (*_MAIN, "share-sgd"),
         ("adam", "ekfac", "share-ekfac", "batch"),
@@ -58,6 +62,7 @@ GROUPS: Mapping[str, Group] = {
     ),
     "digits": Group(
         "dense network 64-32-32-32-32-10, ReLU (DIGITS' shape)",
+        "dense network 64-32-32-32-32-10",
         (64, 32, 5),
         ("adam", "ekfac", "share-ekfac", "batch", "vanilla", DENSE),
         ("adam", "share-ekfac", "batch", "vanilla", DENSE),

@@ -1,49 +1,18 @@
 """Figure 4: what feedback adds over a grid of learning rates and weight decays, all hyper-parameters equal."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ddpnopt.experiments.data import source
 from ddpnopt.experiments.paper import availability
-from ddpnopt.experiments.paper.fig4_panel import Panel, gather
+from ddpnopt.experiments.paper.fig4_panel import VARIANTS, Panel, gather
 from ddpnopt.experiments.paper.fig4_section import section
 from ddpnopt.experiments.paper.kinds import task
 from ddpnopt.experiments.paper.problems import PROBLEMS
 from ddpnopt.experiments.paper.training import POINT
 from ddpnopt.experiments.report.section import Section
-from ddpnopt.experiments.study.lab import Lab, Params
+from ddpnopt.experiments.study.lab import Lab
 from ddpnopt.experiments.study.task import Result, Task
-
-
-@dataclass(frozen=True)
-class Variant:
-    """An optimizer with feedback, and where its grid begins.
-
-    Attributes:
-        lowest: the lowest learning rate; the others are multiples of it. The grids of the published forms begin
-            where the adapted optimizer works slowly and end where it fails on DIGITS (without feedback, seed 0
-            alone, which is among those reported); the batch form's begins at the library's default, and no rate
-            was found at which it fails.
-        opened: key of the method that is run without feedback. The two readings of the published form are one
-            optimizer then, whose runs are made once.
-        params: further hyper-parameters.
-    """
-
-    lowest: float
-    opened: str
-    params: Params = field(default_factory=dict)
-
-
-VARIANTS: Mapping[str, Variant] = {
-    "own-sgd": Variant(0.03, "own-sgd"),
-    "share-sgd": Variant(0.03, "own-sgd"),
-    "own-rmsprop": Variant(0.0003, "own-rmsprop"),
-    "share-rmsprop": Variant(0.0003, "own-rmsprop"),
-    "own-ekfac": Variant(0.01, "own-ekfac", {"damping": 0.3}),
-    "share-ekfac": Variant(0.01, "own-ekfac", {"damping": 0.3}),
-    "batch": Variant(0.1, "batch", {"damping": 0.1}),
-}
-"""By key of the method; the two readings of one optimizer stand side by side."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +39,7 @@ FULL = Plan(
     variants=tuple(VARIANTS),
     factors=(1, 3, 10, 30, 100),
     decays=(0.0, 1e-2),
-    seeds=10,
+    seeds=6,
 )
 QUICK = Plan(
     steps={"wine-fcn": 80, "digits-fcn": 100},

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,37 @@ READINGS: Mapping[str, str] = {
 _ADAPTED: Mapping[str, str] = {"sgd": "SGD", "rmsprop": "RMSprop", "ekfac": "EKFAC"}
 
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer with feedback, and where its grid begins.
+
+    Attributes:
+        lowest: the lowest learning rate; the others are multiples of it. The grids of the published forms begin
+            where the adapted optimizer works slowly and end where it fails on DIGITS (without feedback, seed 0
+            alone, which is among those reported); the batch form's begins at the library's default, and no rate
+            was found at which it fails.
+        opened: key of the method that is run without feedback. The two readings of the published form are one
+            optimizer then, whose runs are made once.
+        params: further hyper-parameters.
+    """
+
+    lowest: float
+    opened: str
+    params: Params = field(default_factory=dict)
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "own-sgd": Variant(0.03, "own-sgd"),
+    "share-sgd": Variant(0.03, "own-sgd"),
+    "own-rmsprop": Variant(0.0003, "own-rmsprop"),
+    "share-rmsprop": Variant(0.0003, "own-rmsprop"),
+    "own-ekfac": Variant(0.01, "own-ekfac", {"damping": 0.3}),
+    "share-ekfac": Variant(0.01, "own-ekfac", {"damping": 0.3}),
+    "batch": Variant(0.1, "batch", {"damping": 0.1}),
+}
+"""By key of the method; the two readings of one optimizer stand side by side."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ LIMIT = 10.0  # points at which the colours of the maps end
 
 _PLACED = (
     "The adapted optimizers' grids were placed to reach learning rates at which they fail, by trials on DIGITS with "
-    "seed 0, which is among those reported; the batch form's begins at its default, so that drops from the best cell do "
-    "not compare them on equal terms."
+    "seed 0, which is among those reported; the batch form's begins at its default, so that drops from the best cell "
+    "do not compare them on equal terms."
 )
 _RULE = (
     "The rule: in a grid, an optimizer with feedback against the same without on one problem, the first "
@@ -210,9 +210,10 @@ def _spread(panels: Sequence[Panel], tallies: Sequence[Tally]) -> Table:
             for panel, one in zip(panels, tallies, strict=True)
         ],
         note=f"At weight decay {panels[0].decays[0] if panels else 0:g}. Deviation: standard deviation over seeds of "
-        "the test accuracy, in points. Calmer: cells in which it is lower with feedback; by chance half of them. Loss: train loss, mean over "
-        "training, with feedback less without, ± 95 % t interval over paired seeds; a run that diverged counts "
-        "with its highest loss from there on. Diverged: runs of the whole grid whose loss or step was not finite.",
+        "the test accuracy, in points. Calmer: cells in which it is lower with feedback; by chance half of them. Loss: "
+        "train loss, mean over training, with feedback less without, ± 95 % t interval over paired seeds; a run that "
+        "diverged counts with its highest loss from there on. Diverged: runs of the whole grid whose loss or step was "
+        "not finite.",
     )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def _outcome(loss: str, own: Sequence[Entry]) -> str:
 def _effort(effort: Effort) -> str:
     return (
         f"A reported run takes {effort.steps} steps here, where the paper's figure shows about {PAPER_STEPS:,}; a run "
-        f"of the search takes {effort.tuning_steps}. What is not searched stays at the first value of its grid: "
+        f"of the search takes {effort.tuning_steps}. What is not searched, but has one value for a method: "
         f"{'; '.join(_unsearched(effort)) or 'nothing'}."
     )
 

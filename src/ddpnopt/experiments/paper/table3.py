@@ -254,7 +254,8 @@ def _details(row: Row) -> Table:
         ],
         [cells(entry) for entry in row.entries],
         f"{_words(row.effort)}. Best standard method: {label(opponent.name)}. p: paired t test, not corrected "
-        "for the number of comparisons. Diverged: seeds whose loss or step was not finite; they count with their last weights.",
+        "for the number of comparisons. Diverged: seeds whose loss or step was not finite; they count with their last "
+        "weights. Seconds depend on what else the machine did.",
     )
 
 

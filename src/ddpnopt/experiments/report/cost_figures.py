@@ -7,22 +7,12 @@ from statistics import median, quantiles
 
 from matplotlib.figure import Figure
 
+from ddpnopt.experiments.report.plots import PALETTE, plain
 from ddpnopt.experiments.stats import Interval, mean_interval
 
 FITTED = 3  # largest sizes of a range, where what grows fastest is most of the cost
 Line = tuple[Sequence[float], Sequence[float]]
-# Okabe and Ito's colours, told apart by colour-blind readers as well; markers tell lines apart without any
-_STYLES = (
-    ("#cc79a7", "o"),
-    ("#009e73", "s"),
-    ("#d55e00", "D"),
-    ("#e69f00", "^"),
-    ("#56b4e9", "v"),
-    ("#0072b2", "P"),
-    ("#000000", "X"),
-    ("#8a8a8a", "*"),
-    ("#6b4c9a", "h"),
-)
+_STYLES = tuple(zip(PALETTE, "osD^vPX*h", strict=True))  # markers tell lines apart without any colour
 
 
 @dataclass(frozen=True)
@@ -111,8 +101,7 @@ def growth_figure(panels: Mapping[str, tuple[str, Mapping[str, Line]]], y: str) 
         axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y, title=title)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     drawn = {label: handle for label, handle in handles.items() if handle is not None}
     figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=2, frameon=False)
     return figure

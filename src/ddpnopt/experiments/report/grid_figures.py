@@ -9,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ddpnopt.experiments.report.plots import colour
+from ddpnopt.experiments.report.plots import colour, plain
 
 _ACROSS = 4
 
@@ -97,8 +97,7 @@ def curve_panels(panels: Mapping[str, Sequence[Band]]) -> Figure:
             axes.fill_between(band.steps, band.low, band.high, color=shade, alpha=0.2, linewidth=0)
         axes.set_yscale("log")
         axes.set_title(titles[place], fontsize=9)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
 
     figure, used = _panels(len(titles), 2.6, draw)
     used[0].legend(frameon=False, fontsize=8)

@@ -16,19 +16,22 @@ from ddpnopt.experiments.files import write_atomic
 from ddpnopt.experiments.report.curves import Curve
 from ddpnopt.experiments.stats import Interval
 
-# Okabe and Ito's colours, told apart by colour-blind readers as well
-_COLOURS: Mapping[str, str] = {
-    "ddpnopt": "#d55e00",
-    "sgd": "#0072b2",
-    "rmsprop": "#009e73",
-    "adam": "#cc79a7",
-}
-_SPARE = ("#56b4e9", "#e69f00", "#000000")
+PALETTE = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8a8a8a", "#6b4c9a")
+"""Okabe and Ito's colours, told apart by colour-blind readers as well, then a grey and a violet."""
+
+_COLOURS: Mapping[str, str] = dict(zip(("ddpnopt", "sgd", "rmsprop", "adam"), PALETTE, strict=False))
+_SPARE = PALETTE[4:7]
 
 
 def colour(name: str, place: int = 0) -> str:
     """Colour of an optimizer, the same in every figure; ``place`` chooses one for a name without its own."""
     return _COLOURS.get(name, _SPARE[place % len(_SPARE)])
+
+
+def plain(axes: Axes) -> None:
+    """Give axes the look that all figures share: a faint grid, and no frame above and on the right."""
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def loss_figure(title: str, curves: Mapping[str, Curve]) -> Figure:
@@ -47,7 +50,7 @@ def loss_figure(title: str, curves: Mapping[str, Curve]) -> Figure:
     figure.suptitle(title)
     by_step.legend(frameon=False)
     for axes in (by_step, by_time):
-        _plain(axes)
+        plain(axes)
     return figure
 
 
@@ -75,7 +78,7 @@ def accuracy_figure(values: Mapping[str, tuple[float, ...]], means: Mapping[str,
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.5, -0.7)
     axes.set_xlabel("test accuracy, %")
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -107,8 +110,3 @@ def to_svg(figure: Figure, salt: str, label: str) -> str:
     head, rest = element.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     return f'{head} role="img" aria-label="{html.escape(label)}">{rest}'
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)

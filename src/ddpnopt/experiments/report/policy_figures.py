@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ddpnopt.experiments.report.plots import PALETTE, plain
 from ddpnopt.experiments.stats import Interval
 
 Picture = Sequence[Sequence[float]]
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#000000")  # Okabe and Ito's
 
 
 def image_rows(images: Sequence[Picture], columns: Mapping[str, Sequence[Picture]], signed: bool) -> Figure:
@@ -42,7 +42,7 @@ def share_lines(steps: Sequence[int], lines: Mapping[str, Sequence[Interval]], a
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for place, (name, values) in enumerate(lines.items()):
-        shade, away = _COLOURS[place % len(_COLOURS)], 0.06 * (place - len(lines) / 2)  # apart, so that bars show
+        shade, away = PALETTE[place % len(PALETTE)], 0.06 * (place - len(lines) / 2)  # apart, so that bars show
         axes.errorbar(
             [moment + away for moment in range(len(steps))],
             [value.mean for value in values],
@@ -56,8 +56,7 @@ def share_lines(steps: Sequence[int], lines: Mapping[str, Sequence[Interval]], a
     axes.axhline(area, color="grey", linestyle="--", linewidth=1, label="share of the pixels")
     axes.set_xticks(range(len(steps)), [str(step) for step in steps])
     axes.set(xlabel="step", ylabel="energy on the foreground")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     axes.legend(frameon=False, fontsize=8)
     return figure
 

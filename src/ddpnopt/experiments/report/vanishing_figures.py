@@ -6,8 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours and a grey
-_COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#888888", "#d55e00", "#000000")
+from ddpnopt.experiments.report.plots import PALETTE, plain
+
 _STYLES = ("-", "--")
 
 
@@ -44,13 +44,12 @@ def _empty(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots()
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     return figure, axes
 
 
 def _look(place: int) -> dict[str, Any]:
-    return {"color": _COLOURS[place % len(_COLOURS)], "linestyle": _STYLES[place // len(_COLOURS) % len(_STYLES)]}
+    return {"color": PALETTE[place % len(PALETTE)], "linestyle": _STYLES[place // len(PALETTE) % len(_STYLES)]}
 
 
 def _legend(figure: Figure, axes: Axes) -> Figure:

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import GridSampler
 from optuna.storages import RDBStorage
 from optuna.trial import Trial, TrialState
+from sqlalchemy.exc import DBAPIError
 
 from ddpnopt.experiments.study.address import connect_arguments, tune
 from ddpnopt.experiments.study.lab import Grid, Params, Values, best, combinations
@@ -36,7 +38,7 @@ def search(address: str, name: str, version: Any, grids: Mapping[str, Grid], val
         As :meth:`Lab.search`.
 
     Raises:
-        ValueError: a grid names a value twice.
+        ValueError: a grid names a value twice, or the database does not answer.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # says nothing that the progress of the runs does not
     with _open(address) as storage:
@@ -62,14 +64,21 @@ def search(address: str, name: str, version: Any, grids: Mapping[str, Grid], val
 
 @contextmanager
 def _open(address: str) -> Iterator[RDBStorage]:
-    storage = RDBStorage(address, engine_kwargs={"connect_args": connect_arguments(address)})
+    # between asking and telling lie the runs, hours in which a server may drop a connection that is not used
+    options = {"connect_args": connect_arguments(address), "pool_pre_ping": True}
     try:
-        tune(storage.engine)
-        storage.engine.dispose()  # connections made before that
-        yield storage
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
+        storage = RDBStorage(address, engine_kwargs=options)
+        try:
+            tune(storage.engine)
+            storage.engine.dispose()  # connections made before that
+            yield storage
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
+    except (DBAPIError, StorageInternalError) as error:
+        raise ValueError(
+            "the storage of the searches does not answer; what it holds is kept: start again when it does"
+        ) from error
 
 
 def _ask(study: optuna.Study, search: str, grid: Grid) -> Sequence[int]:
