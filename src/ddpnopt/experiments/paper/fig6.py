@@ -56,8 +56,8 @@ taken over layers with its gradients as constants. DDPNOpt as published is run i
 terminal matrix (each sample's own loss; its share of the mean loss), and with each sample's full V_xx, dynamics to
 first and to second order, beside the batch form with either terminal matrix. Each method tries the same number of
 combinations, and the lowest validation loss with a seed that is not reported chooses. Runs are paired: a seed fixes
-initial weights and order of samples. The grids were placed after trials of unequal number by method, with seed 0;
-seeds 0 to {FIRST_SEED - 1} are not reported, as a margin.
+initial weights and order of samples. The grids were placed after trials of unequal number by method, with seed 0
+and, for some, the search's own; seeds 0 to {FIRST_SEED - 1} are not reported, as a margin.
 
 Rules. Of a form's methods, the one whose search found the lowest validation loss, which no reported seed enters,
 stands for it. The claim holds for a form if under MMC its final train loss is below those of both SGD-VGR and EKFAC,

@@ -79,7 +79,7 @@ Costs = Mapping[tuple[str, str], Curve]  # by method and axis
 
 def ranges(quick: bool) -> tuple[list[Range], list[Range]]:
     """What is measured: large sizes, and small ones for dense DDP, whose steps are so much dearer."""
-    turns, held, depth, base = (3, (), 3, 32) if quick else (5, METHODS, 4, 64)
+    turns, held, depth, base = (3, (), 3, 32) if quick else (3, ("adam", *FORMS.values()), 4, 64)
     batch, width, deepest = (512, 256, 16) if quick else (1024, 1024, 32)
     large = {
         "B": [Shape(batch >> k, base, depth) for k in (3, 2, 1, 0)],
