@@ -252,7 +252,7 @@ def test_every_table_is_whole() -> None:
 
 
 def test_nothing_is_cut_in_the_uncut_plan() -> None:
-    assert set(table3_runs.UNCUT) == set(table3_runs.FULL) == set(PROBLEMS)
+    assert set(table3_runs.UNCUT) == set(PROBLEMS) >= set(table3_runs.FULL) >= set(table3_runs.QUICK)
     assert all(effort.trials == BUDGET and effort.seeds == 10 for effort in table3_runs.UNCUT.values())
     found = [replace(full(name, 0.8, 0.8), effort=effort) for name, effort in table3_runs.UNCUT.items()]
     assert table3.section(found, "table3-uncut").tables[-1].rows == []
