@@ -1,7 +1,7 @@
 """Kill an experiment again and again while it runs, and compare what it ends with to an undisturbed run.
 
-The command and all its workers are killed (SIGKILL) at moments drawn from a seed; the same command then goes on. At
-the end no run that was finished before a kill may have been computed again, none may be missing, and the records must
+The command and all its workers are killed (SIGKILL) at moments drawn from a seed: each a number of finished runs, and
+up to two seconds more. The same command then goes on. At the end no run that was finished before a kill may have been computed again, none may be missing, and the records must
 equal the undisturbed ones in all but seconds.
 """
 
@@ -69,19 +69,22 @@ def records(folder: Path) -> list[Mapping[str, Any]]:
     return lines
 
 
-def disturbed(arguments: Arguments, folder: Path, seconds: float) -> list[str]:
-    """Run with kills spread over about the time an undisturbed run takes; returns what went wrong."""
+def disturbed(arguments: Arguments, folder: Path, runs: int) -> list[str]:
+    """Run with kills spread over the progress through ``runs`` runs; returns what went wrong."""
     moments = random.Random(arguments.seed)
     before: dict[str, float] = {}
     faults = []
-    for number in range(arguments.kills):
+    for number, least in enumerate(sorted(moments.choices(range(runs - 2), k=arguments.kills))):
         process = start(arguments, folder)
-        time.sleep(moments.uniform(0.0, 2 * seconds / (arguments.kills + 1)))
-        ended = process.poll() is not None
+        while len(finished(folder)) < least and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(moments.uniform(0.0, 2.0))
+        if process.poll() is not None:
+            return [*faults, f"the command ended before kill {number + 1}; see {folder / 'log.txt'}"]
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         now = finished(folder)
-        print(f"kill {number + 1}: {len(now)} runs finished{' (the command had ended)' * ended}", flush=True)
+        print(f"kill {number + 1}: {len(now)} of {runs} runs finished", flush=True)
         faults += [f"run {key} was lost or computed again" for key in before if now.get(key) != before[key]]
         before = now
     if start(arguments, folder).wait():
@@ -103,7 +106,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
     seconds = time.monotonic() - began
     print(f"undisturbed: {len(finished(whole))} runs in {seconds:.0f} s", flush=True)
-    faults = disturbed(arguments, torn, seconds)
+    faults = disturbed(arguments, torn, len(finished(whole)))
     if not faults and records(torn) != records(whole):
         faults.append("the records differ from the undisturbed ones")
     print("\n".join(faults) or f"after {arguments.kills} kills: no run lost or repeated, equal records")
