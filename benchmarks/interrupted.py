@@ -1,8 +1,8 @@
 """Kill an experiment again and again while it runs, and compare what it ends with to an undisturbed run.
 
 The command and all its workers are killed (SIGKILL) at moments drawn from a seed: each a number of finished runs, and
-up to two seconds more. The same command then goes on. At the end no run that was finished before a kill may have been computed again, none may be missing, and the records must
-equal the undisturbed ones in all but seconds.
+up to two seconds more. The same command then goes on. At the end no run that was finished before a kill may have been
+computed again, none may be missing, and the records must equal the undisturbed ones in all but seconds.
 """
 
 import json
@@ -73,7 +73,7 @@ def disturbed(arguments: Arguments, folder: Path, runs: int) -> list[str]:
     """Run with kills spread over the progress through ``runs`` runs; returns what went wrong."""
     moments = random.Random(arguments.seed)
     before: dict[str, float] = {}
-    faults = []
+    faults: list[str] = []
     for number, least in enumerate(sorted(moments.choices(range(runs - 2), k=arguments.kills))):
         process = start(arguments, folder)
         while len(finished(folder)) < least and process.poll() is None:
