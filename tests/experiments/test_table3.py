@@ -276,3 +276,9 @@ def test_a_device_is_part_of_a_tasks_name() -> None:
 
     table3_runs.rows(fake(record), {"iris-fcn": Effort(1, 1, 1, 5)}, "cuda")
     assert {one["device"] for one in seen} == {"cuda"}
+
+
+def test_a_convolution_network_that_was_not_run_takes_as_long_as_one_that_was() -> None:
+    cut = {line[0]: line[-1] for line in table3.section([full("mnist-cnn", 0.8, 0.8)]).tables[-1].rows}
+    assert cut["SVHN, CNN"] == cut["CIFAR-10, CNN"] == "about as MNIST, CNN"
+    assert cut["DIGITS, FCN"] == ""

@@ -269,7 +269,10 @@ def _cut(found: Sequence[Row]) -> Table:
     for name, whole in UNCUT.items():
         row = next((row for row in found if row.problem == name), None)
         if row is None or row.missing is not None:
-            lines.append([title(name), _words(whole), "not run" if row is None else str(row.missing), ""])
+            networks = {one.problem: PROBLEMS[one.problem].network for one in found if one.entries}
+            alike = [one for one, network in networks.items() if network == PROBLEMS[name].network == "cnn"]
+            hours = f"about as {title(alike[0])}" if alike else ""
+            lines.append([title(name), _words(whole), "not run" if row is None else str(row.missing), hours])
         elif row.effort != whole:
             runs = whole.trials * whole.tuning_seeds + whole.seeds
             once = sum(entry.seconds for entry in row.entries if entry.tuned is not None) / row.effort.steps
