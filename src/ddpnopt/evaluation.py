@@ -79,7 +79,7 @@ def evaluate(
     if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
         return Evaluated(loss, earlier, _own(parameters))
     wanted = parameters if every else _not_in_columns(network, fresh)
-    with recorder.muted():
+    with recorder.muted(collecting=True):
         gradients = _differentiated(loss, fresh, wanted, retain_graph=keep_graph)
     if earlier:
         for parameter, gradient in _own(parameters).items():

@@ -1,7 +1,7 @@
 """From recorded passes to what the backward pass over stages reads: columns everywhere, and the loss's value."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 
 from .columns import Columns, over_batches, over_uses
 from .errors import StepError
-from .layers import Call
+from .layers import Block, Call
 from .network import Layer
-from .passes import Pass, Visit
+from .passes import Live, Pass, Run, State, Visit, signed_sum
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
@@ -37,7 +37,7 @@ class Linearised:
         return (cotangent * self.scale.to(cotangent).view(-1, *[1] * (cotangent.ndim - 1)))[None]
 
     def deviation(self, stage: nn.Module, inputs: Sequence[Tensor], name: str) -> Tensor | None:
-        """``r = P' dx [R, B]`` at a stage whose state has become ``inputs``; ``None`` if nothing before it moves."""
+        """``r = P' dx [R, B]`` of a stage's own inputs, now ``inputs``; ``None`` if nothing before it moves."""
         visit = self.recorded.visits[stage]
         shapes, now = [tuple(x.shape) for x in visit.inputs], [tuple(x.shape) for x in inputs]
         if shapes != now:
@@ -49,10 +49,13 @@ class Linearised:
         for x, new, cotangent in zip(visit.inputs, inputs, visit.cotangents, strict=True):
             if cotangent is None:
                 continue
-            dx = new - x
-            product = (self.columns(cotangent) * dx).flatten(2).sum(2)
+            product = self.projected(cotangent, new - x)
             total = product if total is None else total + product
         return total
+
+    def projected(self, cotangent: Tensor, dx: Tensor) -> Tensor:
+        """``P' dx [R, B]`` of one tensor."""
+        return (self.columns(cotangent) * dx).flatten(2).sum(2)
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,13 @@ def linearise(
         with recorder.muted(), torch.enable_grad():
             scales = [_scale(p, terminal, loss, share(p)) for p in passes]
         linearised = [Linearised(p, scale * (per_weight / loss_scale)) for p, scale in zip(passes, scales, strict=True)]
+        for p in passes:
+            recorder.restore_overwritten(p)
         return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
     assert isinstance(terminal, Factored)
     pulled = [_pulled(p, terminal, recorder, loss, step, share(p)) for p in passes]
+    for again, *_ in pulled:
+        recorder.restore_overwritten(again)
     count, root = pulled[0][1], 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
     a = torch.zeros(count, batch, dtype=torch.float64, device=pulled[0][2])
     a[-1] = root
@@ -200,20 +207,21 @@ def _pulled(
         leaf = _leaf(recorded)
         again = recorded if loss is not None and recorded.edges and not recorded.reached else recorder.again(recorded)
         again.criterion, given = recorded.criterion, at_output.output
-        columns = [
-            torch.autograd.grad(
-                again.outputs[leaf],
-                [edge for _, _, edge in again.edges],
-                again.leaves[leaf].laid_out(column, given),
-                retain_graph=True,
-                allow_unused=True,
-            )
-            for column in factor
-        ]
-    for i, (cotangents, place, _) in enumerate(again.edges):
-        pulled = [column[i] for column in columns]
-        present = [p for p in pulled if p is not None]
-        cotangents[place] = torch.stack(present) if len(present) == len(pulled) else None
+        columns = []
+        for column in factor:
+            at = again.leaves[leaf].laid_out(column, given)
+            edges = [edge for _, _, edge in again.edges]
+            for slots in again.slots():
+                slots[:] = [None] * len(slots)
+            with recorder.muted(collecting=True):
+                values = torch.autograd.grad(again.outputs[leaf], edges, at, retain_graph=True, allow_unused=True)
+            for (cotangents, i, _), value in zip(again.edges, values, strict=True):
+                cotangents[i] = value
+            columns.append([list(slots) for slots in again.slots()])
+    for slots, *by_column in zip(again.slots(), *columns, strict=True):
+        for i, pulled in enumerate(zip(*by_column, strict=True)):
+            present = [p for p in pulled if p is not None]
+            slots[i] = torch.stack(present) if len(present) == len(pulled) else None
     return again, len(factor), factor.device
 
 
@@ -237,7 +245,12 @@ def joined(parts: Sequence[Linearised]) -> Linearised | None:
         return None
     args, kwargs = pytree.tree_unflatten(stacked, trees[0][1])
     whole = replace(passes[0], args=args, kwargs=kwargs, batch=sum(p.batch for p in passes))
-    whole.visits = {i: _joined_visit([p.visits[i] for p in passes], parts[0].scale is None) for i in passes[0].visits}
+    columns = parts[0].scale is None
+    whole.visits = {i: _joined_visit([p.visits[i] for p in passes], columns) for i in passes[0].visits}
+    states = [p.state for p in passes if p.state is not None]
+    whole.state = _joined_state(states, columns) if len(states) == len(passes) else None
+    if states and whole.state is None:
+        return None
     return Linearised(
         whole, None if parts[0].scale is None else torch.cat([p.scale for p in parts if p.scale is not None])
     )
@@ -252,20 +265,76 @@ def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
     return Visit(inputs, cotangents)
 
 
+def _joined_state(states: Sequence[State], columns: bool) -> State | None:
+    """``None`` if not the same tensors live at the cuts of all passes."""
+    first = states[0]
+
+    def joined_live(same: Sequence[Live], slot: int) -> Live | None:
+        if len({(x.place, x.terms, x.stages) for x in same}) > 1:
+            return None
+        return replace(same[0], value=torch.cat([x.value for x in same]), terms=((slot, 1),))
+
+    whole = replace(first, live={}, cotangents=[])
+    for state in states[1:]:
+        if (state.live.keys(), state.later, state.lost) != (first.live.keys(), first.later, first.lost):
+            return None
+    for boundary in first.live:
+        there = [state.live[boundary] for state in states]
+        if len({len(live) for live in there}) > 1:
+            return None
+        for same in zip(*there, strict=True):
+            live = joined_live(same, len(whole.cotangents))
+            if live is None:
+                return None
+            parts = [signed_sum(state.cotangents, x.terms) for state, x in zip(states, same, strict=True)]
+            present = [p for p in parts if p is not None]
+            whole.cotangents.append(torch.cat(present, int(columns)) if len(present) == len(parts) else None)
+            whole.live.setdefault(boundary, []).append(live)
+    return whole
+
+
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:
     """Columns of each of a layer's blocks over all passes.
 
     ``None`` if no gradient reached the layer, or its outputs do not lead with the batch; a pass that did not use it
     has columns of zero.
     """
+    runs = [[run for run in one.recorded.runs if run.layer is layer.module] for one in linearised]
+    if any(run.misfit for part in runs for run in part):
+        return None
+    return _columns_of_runs(layer, linearised, runs)
+
+
+def later_columns(
+    layer: Layer, linearised: Sequence[Linearised], trained: Collection[Block]
+) -> dict[nn.Module, list[tuple[Block, Columns]]]:
+    """By stage, the columns of the runs of a layer that follow the stage's cut, where the layer has moved before it.
+
+    Args:
+        layer: the layer.
+        linearised: passes with the same states.
+        trained: the blocks that move.
+    """
+    found: dict[nn.Module, list[tuple[Block, Columns]]] = {}
+    state = linearised[0].recorded.state
+    for stage, later in state.later.items() if state is not None else ():
+        own = {i: used for i, used in later.items() if linearised[0].recorded.runs[i].layer is layer.module}
+        for i, block in enumerate(layer.blocks):
+            after = [n for n, used in own.items() if used is None or used.issuperset(block.parameters)]
+            runs = [[one.recorded.runs[n] for n in after] for one in linearised]
+            if after and block in trained and (columns := _columns_of_runs(layer, linearised, runs)) is not None:
+                found.setdefault(stage, []).append((block, columns[i]))
+    return found
+
+
+def _columns_of_runs(
+    layer: Layer, linearised: Sequence[Linearised], runs: Sequence[Sequence[Run]]
+) -> list[Columns] | None:
     parts: list[list[Columns] | None] = []
-    for one in linearised:
-        runs = [run for run in one.recorded.runs if run.layer is layer.module]
-        if any(run.misfit for run in runs):
-            return None
+    for one, own in zip(linearised, runs, strict=True):
         calls = [
             Call(run.args, run.kwargs, [None if c is None else one.columns(c) for c in run.cotangents])
-            for run in runs
+            for run in own
             if any(c is not None for c in run.cotangents)
         ]
         uses = [layer.rule.columns(layer.module, layer.blocks, call) for call in calls]

@@ -91,6 +91,28 @@ def read_network(
     return Network(tuple(layers), _stages(model, layers, stages), tuple(loose))
 
 
+def is_chain(model: nn.Module) -> bool:
+    """Whether a model is nested ``nn.Sequential`` of modules that hold no layers inside, each once.
+
+    A layer's input is then the whole state.
+    """
+    modules = flattened(model)
+    inside = (len(list(m.parameters())) > sum(p is not None for p in m._parameters.values()) for m in modules)
+    return len(set(modules)) == len(modules) and not any(inside)
+
+
+def is_sequential(module: object) -> bool:
+    """Whether a module runs its children one after another and does nothing else."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def flattened(module: nn.Module) -> list[nn.Module]:
+    """The modules that nested ``nn.Sequential`` run one after another."""
+    if not is_sequential(module) or module._parameters:
+        return [module]
+    return [inner for child in module._modules.values() if child is not None for inner in flattened(child)]
+
+
 def _join(module: str, parameter: str) -> str:
     return f"{module}.{parameter}" if module else parameter
 

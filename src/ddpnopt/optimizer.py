@@ -12,7 +12,7 @@ from .curvature import Curvature, Kronecker
 from .dense import Dense
 from .errors import StepError
 from .evaluation import check_evaluated, evaluate
-from .network import Network, read_network
+from .network import Network, is_chain, read_network
 from .options import check_chain, check_numbers, check_options
 from .report import Report, describe
 from .steps import Coupling, Outcome, Task, closed_loop, open_loop
@@ -221,7 +221,10 @@ class DDPNOpt(torch.optim.Optimizer):
             stages = dict.fromkeys(chain(layers, (stage.module for stage in self._network.stages)))
             # the dense form starts from the gradient at the model's output
             outputs = [self.model] if isinstance(self.coupling, Dense) else []
-            self._recorder = Recorder(self.model, [*layers, *outputs], stages, self.terminal.criterion)
+            whole = self.stages is None and self.feedback and not outputs and not is_chain(self.model)
+            self._recorder = Recorder(
+                self.model, [*layers, *outputs], stages, self.terminal.criterion, whole_state=whole
+            )
             weakref.finalize(self, self._recorder.close)
 
     def _refresh_network(self) -> None:

@@ -4,7 +4,8 @@ Records only: :mod:`ddpnopt.trajectory` fills them. A pass holds nothing of the 
 """
 
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,60 @@ class Visit:
 
     inputs: list[Tensor]
     cotangents: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a forward pass a tensor is seen.
+
+    Args:
+        module: the module that receives or (``leaving``) returns it.
+        call: which entry or exit of the module in this pass, from 0.
+        index: which of the floating-point tensors there.
+    """
+
+    module: nn.Module
+    leaving: bool
+    call: int
+    index: int
+
+
+@dataclass(eq=False)
+class Live:
+    """One tensor of the state, for the stages at whose cuts the same part of its gradient counts.
+
+    Args:
+        place: where it can be measured.
+        value: nominal, detached; ``version`` counts the writes into it until then.
+        terms: the gradient ``p`` as slots of :attr:`State.cotangents` with their signs, the tensor's own in front.
+        stages: the stages.
+    """
+
+    place: Place
+    value: Tensor
+    version: int
+    terms: tuple[tuple[int, int], ...]
+    stages: tuple[nn.Module, ...]
+
+
+@dataclass(eq=False)
+class State:
+    """The states at the cuts of one pass: what lives there, and where the gradients will arrive.
+
+    Args:
+        live: tensors, by the module boundary at which they are measured.
+        cotangents: slots, ``None`` until a gradient arrives; see :func:`signed_sum`.
+        later: for each stage, the runs that follow its cut of layers that ran before it, by their place among the
+            pass's runs, with the parameters to which this applies (``None``: all).
+        behind: for each stage, parameters that its state depends on other than through the tensors in it.
+        lost: stages whose state cannot be told, with the reason; their own input stands for it.
+    """
+
+    live: dict[tuple[nn.Module, bool, int], list[Live]] = field(default_factory=dict)
+    cotangents: list[Tensor | None] = field(default_factory=list)
+    later: dict[nn.Module, dict[int, frozenset[Any] | None]] = field(default_factory=dict)
+    behind: dict[nn.Module, set[Any]] = field(default_factory=dict)
+    lost: dict[nn.Module, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +144,7 @@ class Pass:
         batch: length of the first tensor among them.
         conditions: what else the pass depended on.
         runs, visits: of layers, and of stages in the order they ran.
+        state: what lives at the cuts, where this was asked for.
         leaves: the floating-point tensors of the output.
         cotangents: gradients at these.
         criterion: what the criterion was last called with on one of them, and which one.
@@ -101,6 +157,7 @@ class Pass:
     conditions: Conditions
     runs: list[Run] = field(default_factory=list)
     visits: dict[nn.Module, Visit] = field(default_factory=dict)
+    state: State | None = None
     versions: list[int] = field(default_factory=list)
     leaves: list[Leaf] = field(default_factory=list)
     cotangents: list[Tensor | None] = field(default_factory=list)
@@ -109,6 +166,12 @@ class Pass:
     edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
     reached: bool = False
 
+    def slots(self) -> list[list[Tensor | None]]:
+        """Every list that gradients arrive in."""
+        holders: list[State | Run | Visit] = [*self.runs, *self.visits.values()]
+        holders += [self.state] if self.state is not None else []
+        return [self.cotangents, *(holder.cotangents for holder in holders)]
+
 
 def versions(tree: Any) -> list[int]:
     """How often each tensor in a nested structure has been written into; -1 where torch does not count."""
@@ -116,9 +179,32 @@ def versions(tree: Any) -> list[int]:
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
+def signed_sum(cotangents: Sequence[Tensor | None], terms: Sequence[tuple[int, int]]) -> Tensor | None:
+    """A sum of slots with signs; ``None`` if no gradient came to the first, the tensor's own."""
+    (own, _), *rest = terms
+    total = cotangents[own]
+    if total is None:
+        return None
+    for slot, sign in rest:
+        part = cotangents[slot]
+        if part is not None:
+            total = torch.add(total, part, alpha=sign)
+    return total
+
+
 def floating(tree: Any) -> list[Tensor]:
-    """The floating-point tensors in nested tuples, lists and dictionaries."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    """The floating-point tensors in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(tree, Tensor):
+        return [tree] if tree.is_floating_point() else []
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found += [leaf] if leaf.is_floating_point() else []
+        elif isinstance(leaf, Mapping):
+            found += floating(dict(leaf))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += floating([getattr(leaf, f.name) for f in fields(leaf)])
+    return found
 
 
 def detached(tree: Any) -> Any:

@@ -19,10 +19,10 @@ from .curvature import Curvature
 from .curvature.base import State
 from .dense import Dense, sweep
 from .layers import Block
-from .linearise import Linearised, TerminalValue, columns_of, joined, linearise
+from .linearise import Linearised, TerminalValue, columns_of, joined, later_columns, linearise
 from .network import Layer, Network, Stage, matrix_of
 from .passes import Pass, floating
-from .rollout import forward_pass
+from .rollout import Later, forward_pass
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .value import BatchPolicy, BatchValue, SampleValue
@@ -166,6 +166,8 @@ def closed_loop(task: Task) -> Outcome:
             terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
             swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.feedback)
             policies = dict(zip(blocks, swept, strict=True))
+    whole = joined(linearised) if task.feedback and len(policies) > 1 else None
+    later = _later(task, linearised, blocks) if whole is not None else {}
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
     _name_the_silent(task, read, outcome)
     for block in task.blocks():
@@ -181,9 +183,9 @@ def closed_loop(task: Task) -> Outcome:
         own = policy.policy
         outcome.figures[stage.name] = partial(_figures, policy.gram, own.k_weights, weights, own.predicted)
 
-    whole = joined(linearised) if task.feedback and len(policies) > 1 else None
     if task.recorder is not None:
-        output = forward_pass(task.recorder, whole, policies, apply)
+        moving = {stage: [block for block, _ in blocks[stage]] for stage in policies}
+        output = forward_pass(task.recorder, whole, moving, policies, apply, later)
         outcome.actual_decrease = _actual_decrease(task, whole, output)
     failed = [p.policy.failures for p in policies.values() if isinstance(p.policy, BatchPolicy)]
     outcome.failures = sum(failed)
@@ -228,6 +230,20 @@ def _read(task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: O
             return []
     # a module need not use every parameter it has; one that got no gradient stays, as in torch
     return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
+
+
+def _later(
+    task: Task, linearised: Sequence[Linearised], blocks: Mapping[Stage, Sequence[tuple[Block, Columns]]]
+) -> dict[Stage, Later]:
+    """What is still to run of layers after they have moved; read at the nominal weights, before any moves."""
+    assert task.recorder is not None
+    found: dict[Stage, Later] = {}
+    with task.recorder.paused():
+        for stage, pairs in blocks.items():
+            if linearised[0].recorded.state is not None:
+                (index,) = stage.layers
+                found[stage] = later_columns(task.network.layers[index], linearised, [block for block, _ in pairs])
+    return found
 
 
 def _name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> None:

@@ -18,9 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 from .conditions import Conditions
 from .errors import StepError
-from .passes import Leaf, Pass, Run, Visit, detached, floating, versions
+from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, versions
+from .state import Boundaries, Boundary, Tracer
 
 BeforeStage = Callable[[nn.Module, list[Tensor]], None]
+AtBoundary = Callable[[Boundary, list[Tensor]], None]
 
 
 class _Hook:
@@ -40,7 +42,15 @@ class _Hook:
 
 
 class Recorder:
-    """Records passes of ``model`` under grad mode, and runs the model again on a recorded pass."""
+    """Records passes of ``model`` under grad mode, and runs the model again on a recorded pass.
+
+    Args:
+        model: the model.
+        layers: modules whose runs are recorded.
+        stages: modules at whose first run the state is cut.
+        criterion: of the loss, if the terminal has one.
+        whole_state: whether to find all that lives at a cut; else a stage's input is its state, right for chains.
+    """
 
     def __init__(
         self,
@@ -48,6 +58,8 @@ class Recorder:
         layers: Iterable[nn.Module],
         stages: Iterable[nn.Module],
         criterion: nn.Module | None,
+        *,
+        whole_state: bool = False,
     ):
         self.model = model
         self.live: list[Pass] = []
@@ -56,8 +68,15 @@ class Recorder:
         self._current: Pass | None = None
         self._keeping = False
         self._muted = False
+        self._collecting = False
         self._paused = False
         self._before_stage: BeforeStage | None = None
+        self._at_boundary: AtBoundary | None = None
+        self._whole_state = whole_state
+        self._tracer: Tracer | None = None
+        self._boundaries = Boundaries()
+        self._overwritten: set[Place] = set()
+        self.untraced: set[str] = set()
         self._unreached: int | None = None
         self._batch = 0
         self._handles = self._attach(layers, stages, criterion)
@@ -82,9 +101,8 @@ class Recorder:
         """Drop what passes have recorded of backward passes, and every graph that was kept."""
         for recorded in self.live:
             recorded.reached = False  # its graph may be gone through again
-            held: list[Pass | Run | Visit] = [recorded, *recorded.runs, *recorded.visits.values()]
-            for holder in held:
-                holder.cotangents[:] = [None] * len(holder.cotangents)
+            for slots in recorded.slots():
+                slots[:] = [None] * len(slots)
         for kept in self._kept:
             kept.edges.clear()
             kept.outputs.clear()
@@ -106,13 +124,17 @@ class Recorder:
             self._keeping, self._begun = before
 
     @contextlib.contextmanager
-    def muted(self) -> Iterator[None]:
-        """Ignore what backward passes bring: the caller reads the graph itself."""
-        self._muted = True
+    def muted(self, *, collecting: bool = False) -> Iterator[None]:
+        """Ignore what backward passes bring: the caller reads the graph itself.
+
+        ``collecting``: but for what autograd does not give to the caller, gradients of single uses of a tensor.
+        """
+        before = self._muted, self._collecting
+        self._muted, self._collecting = True, collecting
         try:
             yield
         finally:
-            self._muted = False
+            self._muted, self._collecting = before
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -123,17 +145,38 @@ class Recorder:
         finally:
             self._paused = False
 
-    def replay(self, recorded: Pass, before_stage: BeforeStage) -> Any:
+    def replay(self, recorded: Pass, before_stage: BeforeStage, at_boundary: AtBoundary | None = None) -> Any:
         """Run the model again on a pass's inputs, same dropout masks, buffers restored; returns its output.
 
-        ``before_stage(module, inputs)`` is called before each stage's first run.
+        ``before_stage(module, inputs)`` is called before each stage's runs, ``at_boundary(boundary, tensors)`` at every
+        module's entry and exit, where the recorder looks at the whole state.
         """
         with self._as_recorded(recorded), torch.no_grad():
-            self._before_stage = before_stage
+            self._before_stage, self._at_boundary = before_stage, at_boundary
+            self._boundaries = Boundaries()
             try:
                 return self.model(*recorded.args, **recorded.kwargs)
             finally:
-                self._before_stage = None
+                self._before_stage = self._at_boundary = None
+
+    def restore_overwritten(self, recorded: Pass) -> None:
+        """Bring back nominal values of the state that were written into in place: by one more forward pass, once."""
+        live = [x for there in recorded.state.live.values() for x in there] if recorded.state is not None else []
+        lost = {x.place: x for x in live if x.value._version != x.version}
+        if not lost:
+            return
+        self._overwritten |= lost.keys()  # later passes keep copies
+        values: dict[Place, Tensor] = {}
+
+        def at_boundary(boundary: Boundary, tensors: list[Tensor]) -> None:
+            for i, tensor in enumerate(tensors):
+                if (place := Place(*boundary, i)) in lost:
+                    values[place] = tensor.clone()
+
+        self.replay(recorded, lambda *_: None, at_boundary)
+        for x in live:
+            if x.place in values:
+                x.value, x.version = values[x.place], values[x.place]._version
 
     def again(self, recorded: Pass) -> Pass:
         """Record the same pass again with its graph: for columns that the first backward pass did not carry."""
@@ -168,8 +211,11 @@ class Recorder:
 
         # the model's own hooks enclose its layers', also where the model is a layer itself
         handles = [before(self.model, self._begin)]
+        inner = [m for m in self.model.modules() if m is not self.model] if self._whole_state else []
+        handles += [before(module, self._enter) for module in inner]
         handles += [before(stage, self._visit) for stage in stages]
         handles += [after(layer, self._ran, always=False) for layer in layers]
+        handles += [after(module, self._leave, always=False) for module in inner]
         handles.append(after(self.model, self._end, always=True))
         if criterion is not None:
             handles.append(before(criterion, self._criterion))
@@ -186,6 +232,7 @@ class Recorder:
         self._current = Pass(detached(args), detached(kwargs), batch, conditions)
         self._current.versions = versions((args, kwargs))
         self._batch = batch
+        self._tracer = Tracer(self._overwritten) if self._whole_state else None
         self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(self._current)]
         if self.model.training:
             self._unreached = batch
@@ -194,21 +241,46 @@ class Recorder:
         if self._paused:
             return
         ended, self._current = self._current, None
+        tracer, self._tracer = self._tracer, None
         if ended is None:
             return
         outputs = floating(output)
         ended.leaves = [Leaf.of(leaf) for leaf in outputs]
         ended.cotangents = [None] * len(outputs)
         self._tap(ended, outputs, ended.cotangents)
+        if tracer is not None:
+            ended.state, taps = tracer.finish(outputs, ended.runs)
+            taps.install(_Ear(self, ended))
+            if self._keeping:
+                ended.edges += [(ended.state.cotangents, i, edge) for i, edge in taps.edges()]
         if self._keeping:
             ended.outputs = outputs
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._pass_boundary(module, (args, kwargs), leaving=False)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._pass_boundary(module, output, leaving=True)
+
+    def _pass_boundary(self, module: nn.Module, tree: Any, *, leaving: bool) -> None:
+        if self._paused:
+            return
+        if self._at_boundary is not None:
+            self._at_boundary(self._boundaries.passed(module, leaving=leaving), floating(tree))
+        elif self._tracer is not None and torch.is_grad_enabled():
+            tensors = [(i, x) for i, x in enumerate(floating(tree)) if x.ndim and len(x) == self._batch]
+            self._tracer.passed(module, tensors, leaving=leaving)
 
     def _visit(self, stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused:
             return
         if self._before_stage is not None:
             self._before_stage(stage, self._state((args, kwargs)))
-        elif self._current is not None and stage not in self._current.visits and torch.is_grad_enabled():
+        elif self._current is not None and torch.is_grad_enabled():
+            if self._tracer is not None:
+                self._tracer.begins(stage)
+            if stage in self._current.visits:
+                return
             inputs = self._state((args, kwargs))
             visit = Visit([x.detach() for x in inputs], [None] * len(inputs))
             self._current.visits[stage] = visit
@@ -225,6 +297,8 @@ class Recorder:
         misfit = any(out.ndim < 1 or len(out) != self._current.batch for out in outputs)
         run = Run(layer, detached(args), detached(kwargs), [None] * len(outputs), misfit)
         self._current.runs.append(run)
+        if self._tracer is not None:
+            self._tracer.ends(layer)
         self._tap(self._current, outputs, run.cotangents)
 
     def _tap(self, into: Pass, tensors: Sequence[Tensor], cotangents: list[Tensor | None]) -> None:
@@ -254,6 +328,23 @@ class Recorder:
                 if recorded and leaf.is_all_of(given):
                     recorded.criterion = detached(args), detached(kwargs), i
                     return
+
+
+class _Ear:
+    """Told of gradients at the nodes of one pass's graph."""
+
+    def __init__(self, recorder: Recorder, into: Pass):
+        assert into.state is not None
+        self._recorder, self._into, self.cotangents = recorder, into, into.state.cotangents
+
+    def listening(self) -> bool:
+        return self._recorder._collecting or not self._recorder._muted
+
+    def arrived(self, slot: int, gradient: Tensor) -> None:
+        if self._recorder._collecting:
+            self.cotangents[slot] = gradient.detach()
+        else:
+            self._recorder._arrived(self._into, self.cotangents, slot, gradient)
 
 
 class _Tap:
