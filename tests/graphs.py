@@ -161,27 +161,27 @@ def gate() -> GraphCase:
     """A gate and a skip past it, both of tensors that no module has seen, through a product that saves them."""
 
     def run(net: Any, x: Tensor) -> Tensor:
-        h = net.stem(x)
-        z = torch.sigmoid(h) * h  # used before the cuts of b and c, and after
+        z = act(net.stem(x))  # used before the cuts of b and c, and after
         y: Tensor = net.c(torch.sigmoid(net.b(z * z)) * z)
         out: Tensor = net.head(y + z)
         return out
 
-    def silu(h: Tensor) -> Tensor:
-        return torch.sigmoid(h) * h
+    def act(h: Tensor) -> Tensor:
+        return torch.sigmoid(h) * (h + h.mean(-1, keepdim=True))
 
     model = Net(run, stem=nn.Linear(3, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4), head=nn.Linear(4, 3))
     steps: dict[str, Step] = {
-        "stem": lambda f, x: (f(x), silu(f(x)).square()),
-        "b": lambda f, h, seen: (h, torch.sigmoid(f(seen)) * silu(h)),
-        "c": lambda f, h, seen: (silu(h) + f(seen),),
+        "stem": lambda f, x: (f(x), act(f(x)).square()),
+        "b": lambda f, h, seen: (h, torch.sigmoid(f(seen)) * act(h)),
+        "c": lambda f, h, seen: (act(h) + f(seen),),
         "head": lambda f, x: (f(x),),
     }
     return GraphCase(model, torch.randn(4, 3), steps)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+    mixed: Tensor = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+    return mixed
 
 
 def _transformer(block: Callable[[Any, Tensor], Tensor]) -> nn.Module:
@@ -201,7 +201,8 @@ def pre_norm() -> GraphCase:
     def block(net: Any, x: Tensor) -> Tensor:
         n = net.first(x)
         x = x + net.o(_attend(net.q(n), net.k(n), net.v(n)))
-        return x + net.down(torch.tanh(net.up(net.second(x))))
+        out: Tensor = x + net.down(torch.tanh(net.up(net.second(x))))
+        return out
 
     steps: dict[str, Step] = {
         "embed": lambda f, x: (f(x),),
@@ -245,7 +246,7 @@ def free_stream() -> GraphCase:
     """Two pre-norm blocks in one forward, norms without modules: the residual stream is seen by none."""
 
     def norm(x: Tensor) -> Tensor:
-        return F.rms_norm(x, (4,))
+        return x * (x.square().mean(-1, keepdim=True) + 0.1).rsqrt()
 
     def run(net: Any, x: Tensor) -> Tensor:
         h = net.embed(x)

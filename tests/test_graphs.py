@@ -81,7 +81,7 @@ def layers_of(case: GraphCase, optimizer: DDPNOpt) -> list[Layer]:
 def own_loss(y: Tensor, target: Tensor) -> Tensor:
     """Of one sample: cross-entropy of the first three outputs, and the mean of the others' squares."""
     loss = F.cross_entropy(y[None, :3], target[None])
-    return loss + y[3:].square().mean() if len(y) > 3 else loss
+    return loss if len(y) == 3 else loss + y[3:].square().mean()
 
 
 def batch_loss(output: Any, target: Tensor) -> Tensor:
@@ -89,7 +89,8 @@ def batch_loss(output: Any, target: Tensor) -> Tensor:
         return F.cross_entropy(output, target)
     named = output if isinstance(output, dict | tuple) else vars(output)
     logits, features = named if isinstance(named, tuple) else named.values()
-    return F.cross_entropy(logits, target) + features.square().mean()
+    loss: Tensor = F.cross_entropy(logits, target) + features.square().mean()
+    return loss
 
 
 def one_step(

@@ -111,7 +111,7 @@ def _own(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
 def _not_in_columns(network: Network, passes: Sequence[Pass]) -> list[nn.Parameter]:
     """Parameters whose own gradient a step needs; the generic rule may fail, so its layers count."""
     unread = {layer.module for layer in network.layers if layer.rule.name == "generic"}
-    unread |= {run.layer for p in passes for run in p.runs if run.misfit}
+    unread |= {run.layer for p in passes for run in p.runs if run.misfit or run.stray}
     inside = chain.from_iterable(layer.blocks for layer in network.layers if layer.module in unread)
     blocks = chain((loose.block for loose in network.loose), inside)
     return [p for block in blocks for p in block.parameters]

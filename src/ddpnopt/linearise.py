@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .columns import Columns, over_batches, over_uses
 from .errors import StepError
 from .layers import Block, Call
 from .network import Layer
-from .passes import Live, Pass, Run, State, Visit, signed_sum
+from .passes import Pass, Place, Run
+from .state import Boundary
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
@@ -101,12 +101,12 @@ def linearise(
             scales = [_scale(p, terminal, loss, share(p)) for p in passes]
         linearised = [Linearised(p, scale * (per_weight / loss_scale)) for p, scale in zip(passes, scales, strict=True)]
         for p in passes:
-            recorder.restore_overwritten(p)
+            _restore_overwritten(p, recorder)
         return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
     assert isinstance(terminal, Factored)
     pulled = [_pulled(p, terminal, recorder, loss, step, share(p)) for p in passes]
     for again, *_ in pulled:
-        recorder.restore_overwritten(again)
+        _restore_overwritten(again, recorder)
     count, root = pulled[0][1], 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
     a = torch.zeros(count, batch, dtype=torch.float64, device=pulled[0][2])
     a[-1] = root
@@ -225,72 +225,27 @@ def _pulled(
     return again, len(factor), factor.device
 
 
-def joined(parts: Sequence[Linearised]) -> Linearised | None:
-    """Several passes as one, batches side by side; ``None`` if their arguments do not stack."""
-    if len(parts) == 1:
-        return parts[0]
-    passes = [part.recorded for part in parts]
-    trees = [pytree.tree_flatten((p.args, p.kwargs)) for p in passes]
-    stacked = []
-    for leaves in zip(*(tree[0] for tree in trees), strict=True) if len({str(tree[1]) for tree in trees}) == 1 else ():
-        if not all(
-            isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == p.batch
-            for leaf, p in zip(leaves, passes, strict=True)
-        ):
-            return None
-        if len({leaf.shape[1:] for leaf in leaves}) > 1:
-            return None
-        stacked.append(torch.cat(leaves))
-    if not stacked or len({tuple(p.visits) for p in passes}) > 1:
-        return None
-    args, kwargs = pytree.tree_unflatten(stacked, trees[0][1])
-    whole = replace(passes[0], args=args, kwargs=kwargs, batch=sum(p.batch for p in passes))
-    columns = parts[0].scale is None
-    whole.visits = {i: _joined_visit([p.visits[i] for p in passes], columns) for i in passes[0].visits}
-    states = [p.state for p in passes if p.state is not None]
-    whole.state = _joined_state(states, columns) if len(states) == len(passes) else None
-    if states and whole.state is None:
-        return None
-    return Linearised(
-        whole, None if parts[0].scale is None else torch.cat([p.scale for p in parts if p.scale is not None])
-    )
+def _restore_overwritten(recorded: Pass, recorder: Recorder) -> None:
+    """Bring back nominal values of the state that were written into in place, by one more forward pass.
 
+    Later passes keep copies, so that this happens once.
+    """
+    live = [x for there in recorded.state.live.values() for x in there] if recorded.state is not None else []
+    lost = {x.place for x in live if x.value._version != x.version}
+    if not lost:
+        return
+    recorder.overwritten |= lost
+    values: dict[Place, Tensor] = {}
 
-def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
-    inputs = [torch.cat(xs) for xs in zip(*(v.inputs for v in visits), strict=True)]
-    cotangents = [
-        None if any(c is None for c in cs) else torch.cat([c for c in cs if c is not None], int(columns))
-        for cs in zip(*(v.cotangents for v in visits), strict=True)
-    ]
-    return Visit(inputs, cotangents)
+    def at_boundary(boundary: Boundary, tensors: list[Tensor]) -> None:
+        for i, tensor in enumerate(tensors):
+            if (place := Place(*boundary, i)) in lost:
+                values[place] = tensor.clone()
 
-
-def _joined_state(states: Sequence[State], columns: bool) -> State | None:
-    """``None`` if not the same tensors live at the cuts of all passes."""
-    first = states[0]
-
-    def joined_live(same: Sequence[Live], slot: int) -> Live | None:
-        if len({(x.place, x.terms, x.stages) for x in same}) > 1:
-            return None
-        return replace(same[0], value=torch.cat([x.value for x in same]), terms=((slot, 1),))
-
-    whole = replace(first, live={}, cotangents=[])
-    for state in states[1:]:
-        if (state.live.keys(), state.later, state.lost) != (first.live.keys(), first.later, first.lost):
-            return None
-    for boundary in first.live:
-        there = [state.live[boundary] for state in states]
-        if len({len(live) for live in there}) > 1:
-            return None
-        for same in zip(*there, strict=True):
-            live = joined_live(same, len(whole.cotangents))
-            if live is None:
-                return None
-            parts = [signed_sum(state.cotangents, x.terms) for state, x in zip(states, same, strict=True)]
-            present = [p for p in parts if p is not None]
-            whole.cotangents.append(torch.cat(present, int(columns)) if len(present) == len(parts) else None)
-            whole.live.setdefault(boundary, []).append(live)
-    return whole
+    recorder.replay(recorded, lambda *_: None, at_boundary)
+    for x in live:
+        if x.place in values:
+            x.value, x.version = values[x.place], values[x.place]._version
 
 
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:
@@ -300,7 +255,7 @@ def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] 
     has columns of zero.
     """
     runs = [[run for run in one.recorded.runs if run.layer is layer.module] for one in linearised]
-    if any(run.misfit for part in runs for run in part):
+    if any(run.misfit or run.stray for part in runs for run in part):
         return None
     return _columns_of_runs(layer, linearised, runs)
 

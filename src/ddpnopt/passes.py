@@ -20,7 +20,8 @@ from .conditions import Conditions
 class Run:
     """One run of a layer: detached inputs, and gradients at its floating-point outputs (``None`` until they come).
 
-    ``misfit``: its outputs do not lead with the batch, so that no column belongs to one sample.
+    ``misfit``: its outputs do not lead with the batch, so that no column belongs to one sample. ``stray``: a parameter
+    of the layer was also used outside its runs, so that columns read off these are not all.
     """
 
     layer: nn.Module
@@ -28,6 +29,7 @@ class Run:
     kwargs: dict[str, Any]
     cotangents: list[Tensor | None]
     misfit: bool
+    stray: bool = False
 
 
 @dataclass(eq=False)

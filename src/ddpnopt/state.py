@@ -1,21 +1,17 @@
-"""Tracing the state of one forward pass: boundaries and cuts on the way, taps on the graph's nodes at its end.
-
-The taps hold the pass, which holds nothing of the graph.
-"""
+"""Following one forward pass past its modules' boundaries and its stages' cuts, to the states at these."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
 
-from .cuts import Cut, Edge, Graph, Key, Share, Split, read_graph, states_at
-from .passes import Live, Place, Run, State, signed_sum
+from .cuts import Cut, Graph, Key, read_graph, states_at
+from .hooks import Taps
+from .passes import Live, Place, Run, State
 
 Boundary = tuple[nn.Module, bool, int]
-Terms = tuple[tuple[int, int], ...]
 
 
 def next_number() -> int:
@@ -82,7 +78,7 @@ class Tracer:
         starts = self._starts.get(layer)
         self._spans.append((starts.pop() if starts else self._first, next_number()))
 
-    def finish(self, outputs: Sequence[Tensor], runs: Sequence[Run]) -> tuple[State, "Taps"]:
+    def finish(self, outputs: Sequence[Tensor], runs: Sequence[Run]) -> tuple[State, Taps]:
         """The states at all cuts, and the taps that will fill their slots."""
         state, taps, cuts = State(), Taps(), list(self._cuts.values())
         keys = [(out.grad_fn, out.output_nr) for out in outputs if out.grad_fn is not None]
@@ -94,6 +90,7 @@ class Tracer:
         state.lost = {cuts[t].stage: why for t, why in found.lost.items()}
         state.behind = {cuts[t].stage: leaves for t, leaves in found.behind.items()}
         self._find_later(state, graph, runs)
+        self._find_strays(graph, runs)
         for (key, part), at in found.live.items():
             stages = tuple(cuts[t].stage for t in at if cuts[t].stage not in state.lost)
             if stages:
@@ -127,113 +124,21 @@ class Tracer:
             if later:
                 state.later[stage] = later
 
+    def _find_strays(self, graph: Graph, runs: Sequence[Run]) -> None:
+        """Mark the runs of layers that own a parameter which was used outside the runs of all its owners."""
+        spans: dict[Any, list[tuple[int, int]]] = defaultdict(list)
+        for run, span in zip(runs, self._spans, strict=True):
+            for p in run.layer._parameters.values():
+                spans[p].append(span)
+        strays = {
+            p for p, own in spans.items() if not all(any(a <= n < b for a, b in own) for n in graph.leaves.get(p, ()))
+        }
+        for run in runs:
+            run.stray = not strays.isdisjoint(run.layer._parameters.values())
+
     def _used_after(self, cut: Cut, layer: nn.Module, span: tuple[int, int], graph: Graph) -> frozenset[Any] | None:
         """The own parameters of a layer, running at the cut, that it uses after; ``None`` if one is used before too."""
         start, end = span
         uses = {p: [n for n in graph.leaves.get(p, ()) if start <= n < end] for p in layer._parameters.values()}
         after = frozenset(p for p, numbers in uses.items() if any(n >= cut.number for n in numbers))
         return None if any(n < cut.number for p in after for n in uses[p]) else after
-
-
-class Ear(Protocol):
-    """Who is told of gradients that arrive at a node."""
-
-    def listening(self) -> bool:
-        """Whether anybody wants to know."""
-
-    def arrived(self, slot: int, gradient: Tensor) -> None:
-        """Add to a slot."""
-
-    @property
-    def cotangents(self) -> list[Tensor | None]:
-        """The slots."""
-
-
-class Taps:
-    """Slots for gradients of tensors, of single uses, and of a split node's part; and the hooks that fill them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._own: dict[Node, dict[int, int]] = defaultdict(dict)
-        self._uses: dict[Node, dict[int, int]] = defaultdict(dict)
-        self._parts: dict[Node, dict[Split, tuple[dict[int, Terms], dict[int, int]]]] = defaultdict(dict)
-
-    def terms(self, key: Key, part: Share) -> Terms:
-        """The share ``part`` of the gradient at ``key``, as slots with signs."""
-        node, k = key
-        terms = [(self._slot(self._own[node], k), 1)]
-        terms += [(self._use(use), -1) for use in part.before]
-        for use, split in part.split:
-            terms += [(self._use(use), -1), (self._part(split, use[1]), 1)]
-        return tuple(terms)
-
-    def edges(self) -> list[tuple[int, GradientEdge]]:
-        """Where to differentiate for the slots of whole tensors: nodes that only these need are not executed."""
-        return [(slot, GradientEdge(node, k)) for node, slots in self._own.items() for k, slot in slots.items()]
-
-    def install(self, ear: Ear) -> None:
-        """Hook the nodes; ``ear`` is what the hooks hold."""
-        for node in dict.fromkeys([*self._own, *self._parts]):
-            parts = list(self._parts.get(node, {}).values())
-            node.register_prehook(_Before(ear, self._own.get(node, {}), parts))
-        for node, uses in self._uses.items():
-            split = [slots for _, slots in self._parts.get(node, {}).values()]
-            node.register_hook(_After(ear, uses, split))
-
-    def _slot(self, slots: dict[int, int], i: int) -> int:
-        if i not in slots:
-            slots[i], self.count = self.count, self.count + 1
-        return slots[i]
-
-    def _use(self, use: Edge) -> int:
-        return self._slot(self._uses[use[0]], use[1])
-
-    def _part(self, split: Split, i: int) -> int:
-        parts = self._parts[split.node]
-        if split not in parts:
-            parts[split] = {k: self.terms((split.node, k), part) for k, part in split.shares}, {}
-        return self._slot(parts[split][1], i)
-
-
-class _Before:
-    """Before a node runs backward: its outputs' gradients are complete, and what it saved is still there."""
-
-    def __init__(self, ear: Ear, own: Mapping[int, int], parts: Sequence[tuple[dict[int, Terms], dict[int, int]]]):
-        self._ear, self._own, self._parts = ear, own, parts
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        if not self._ear.listening():
-            return
-        for k, slot in self._own.items():
-            if (gradient := gradients[k]) is not None:
-                self._ear.arrived(slot, gradient)
-        slots = self._ear.cotangents
-        for shares, into in self._parts:
-            given = [signed_sum(slots, shares[k]) if k in shares else None for k in range(len(gradients))]
-            if all(gradient is None for gradient in given):
-                continue
-            node: Any = torch._C._current_autograd_node()  # a hook that held its node would never be freed
-            with torch.no_grad():
-                pulled = node(*given)
-            for i, slot in into.items():
-                slots[slot] = (pulled if isinstance(pulled, tuple) else (pulled,))[i]
-
-
-class _After:
-    """After a node has run backward: the gradients along its uses of other tensors, in the tensors' own shapes."""
-
-    def __init__(self, ear: Ear, uses: Mapping[int, int], split: Sequence[Mapping[int, int]]):
-        self._ear, self._uses, self._split = ear, uses, split
-
-    def __call__(self, gradients: tuple[Tensor | None, ...], _: object) -> None:
-        if not self._ear.listening():
-            return
-        for i, slot in self._uses.items():
-            if (gradient := gradients[i]) is not None:
-                self._ear.arrived(slot, gradient)
-        slots = self._ear.cotangents
-        for into in self._split:
-            for i, slot in into.items():
-                part, whole = slots[slot], gradients[i]
-                if part is not None and whole is not None:  # autograd undoes broadcasting after the node
-                    slots[slot] = part.sum_to_size(whole.shape).to(whole.dtype)

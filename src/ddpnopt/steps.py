@@ -18,8 +18,9 @@ from .columns import Columns, DenseColumns
 from .curvature import Curvature
 from .curvature.base import State
 from .dense import Dense, sweep
+from .joined import joined
 from .layers import Block
-from .linearise import Linearised, TerminalValue, columns_of, joined, later_columns, linearise
+from .linearise import Linearised, TerminalValue, columns_of, later_columns, linearise
 from .network import Layer, Network, Stage, matrix_of
 from .passes import Pass, floating
 from .rollout import Later, forward_pass
@@ -252,7 +253,9 @@ def _name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> N
         parameters = [p for block in layer.blocks for p in block.parameters if p in task.gradients]
         if layer.name in outcome.refused or not parameters or not read.isdisjoint(parameters):
             continue
-        reason = "it was not seen to run on the batch: one update from the whole batch's gradient"
+        stray = any(run.layer is layer.module and run.stray for one in task.passes for run in one.runs)
+        seen = "a parameter of it is used outside its own runs" if stray else "it was not seen to run on the batch"
+        reason = f"{seen}: one update from the whole batch's gradient"
         warnings.warn(f"{layer.name}, {type(layer.module).__name__}: {reason}", stacklevel=2)
         outcome.refused[layer.name] = reason
 

@@ -1,8 +1,8 @@
 """The nominal trajectory: what every forward pass fed to each layer, and what the backward pass brought back.
 
-The only code that registers hooks. A pass lives as long as the graph of its forward pass, or until the step
-that used it: the graph's tensor hooks hold it, and it holds nothing of the graph, so neither a forward pass that
-nobody differentiates nor a model that outlives its optimizer leaks.
+Together with :mod:`ddpnopt.hooks` the only code that registers hooks. A pass lives as long as the graph of its forward
+pass, or until the step that used it: the graph's hooks hold it, and it holds nothing of the graph, so neither a forward
+pass that nobody differentiates nor a model that outlives its optimizer leaks.
 """
 
 import contextlib
@@ -18,27 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from .conditions import Conditions
 from .errors import StepError
+from .hooks import ModuleHook, TensorTap
 from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, versions
 from .state import Boundaries, Boundary, Tracer
 
 BeforeStage = Callable[[nn.Module, list[Tensor]], None]
 AtBoundary = Callable[[Boundary, list[Tensor]], None]
-
-
-class _Hook:
-    """A module hook that does not keep its recorder alive, and that a copied or pickled model carries along inert."""
-
-    def __init__(self, method: Callable[..., None], module: nn.Module):
-        self._method: weakref.WeakMethod[Callable[..., None]] | None = weakref.WeakMethod(method)
-        self._module: weakref.ref[nn.Module] | None = weakref.ref(module)
-
-    def __call__(self, module: nn.Module, *values: Any) -> None:
-        method = self._method() if self._method else None
-        if method is not None and self._module is not None and self._module() is module:
-            method(module, *values)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_method": None, "_module": None}
 
 
 class Recorder:
@@ -75,7 +60,7 @@ class Recorder:
         self._whole_state = whole_state
         self._tracer: Tracer | None = None
         self._boundaries = Boundaries()
-        self._overwritten: set[Place] = set()
+        self.overwritten: set[Place] = set()  # places whose tensors are written into later: copies are kept
         self.untraced: set[str] = set()
         self._unreached: int | None = None
         self._batch = 0
@@ -159,25 +144,6 @@ class Recorder:
             finally:
                 self._before_stage = self._at_boundary = None
 
-    def restore_overwritten(self, recorded: Pass) -> None:
-        """Bring back nominal values of the state that were written into in place: by one more forward pass, once."""
-        live = [x for there in recorded.state.live.values() for x in there] if recorded.state is not None else []
-        lost = {x.place: x for x in live if x.value._version != x.version}
-        if not lost:
-            return
-        self._overwritten |= lost.keys()  # later passes keep copies
-        values: dict[Place, Tensor] = {}
-
-        def at_boundary(boundary: Boundary, tensors: list[Tensor]) -> None:
-            for i, tensor in enumerate(tensors):
-                if (place := Place(*boundary, i)) in lost:
-                    values[place] = tensor.clone()
-
-        self.replay(recorded, lambda *_: None, at_boundary)
-        for x in live:
-            if x.place in values:
-                x.value, x.version = values[x.place], values[x.place]._version
-
     def again(self, recorded: Pass) -> Pass:
         """Record the same pass again with its graph: for columns that the first backward pass did not carry."""
         with self._as_recorded(recorded), torch.enable_grad(), self.keeping_graph() as passes:
@@ -204,10 +170,10 @@ class Recorder:
         self, layers: Iterable[nn.Module], stages: Iterable[nn.Module], criterion: nn.Module | None
     ) -> list[RemovableHandle]:
         def before(module: nn.Module, method: Callable[..., None]) -> RemovableHandle:
-            return module.register_forward_pre_hook(_Hook(method, module), with_kwargs=True)
+            return module.register_forward_pre_hook(ModuleHook(method, module), with_kwargs=True)
 
         def after(module: nn.Module, method: Callable[..., None], *, always: bool) -> RemovableHandle:
-            return module.register_forward_hook(_Hook(method, module), with_kwargs=True, always_call=always)
+            return module.register_forward_hook(ModuleHook(method, module), with_kwargs=True, always_call=always)
 
         # the model's own hooks enclose its layers', also where the model is a layer itself
         handles = [before(self.model, self._begin)]
@@ -232,7 +198,7 @@ class Recorder:
         self._current = Pass(detached(args), detached(kwargs), batch, conditions)
         self._current.versions = versions((args, kwargs))
         self._batch = batch
-        self._tracer = Tracer(self._overwritten) if self._whole_state else None
+        self._tracer = Tracer(self.overwritten) if self._whole_state else None
         self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(self._current)]
         if self.model.training:
             self._unreached = batch
@@ -250,7 +216,7 @@ class Recorder:
         self._tap(ended, outputs, ended.cotangents)
         if tracer is not None:
             ended.state, taps = tracer.finish(outputs, ended.runs)
-            taps.install(_Ear(self, ended))
+            taps.install(_PassEar(self, ended), ended.state.cotangents)
             if self._keeping:
                 ended.edges += [(ended.state.cotangents, i, edge) for i, edge in taps.edges()]
         if self._keeping:
@@ -267,9 +233,9 @@ class Recorder:
             return
         if self._at_boundary is not None:
             self._at_boundary(self._boundaries.passed(module, leaving=leaving), floating(tree))
-        elif self._tracer is not None and torch.is_grad_enabled():
-            tensors = [(i, x) for i, x in enumerate(floating(tree)) if x.ndim and len(x) == self._batch]
-            self._tracer.passed(module, tensors, leaving=leaving)
+        elif self._tracer is not None:  # counted without gradients too: the second pass has none and cannot tell
+            own = enumerate(floating(tree)) if torch.is_grad_enabled() else ()
+            self._tracer.passed(module, [(i, x) for i, x in own if x.ndim and len(x) == self._batch], leaving=leaving)
 
     def _visit(self, stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused:
@@ -305,15 +271,24 @@ class Recorder:
         for i, tensor in enumerate(tensors):
             if not tensor.requires_grad:
                 continue
-            tensor.register_hook(_Tap(self, into, cotangents, i))
+            tensor.register_hook(TensorTap(_PassEar(self, into), cotangents, i))
             if self._keeping:
                 into.edges.append((cotangents, i, get_gradient_edge(tensor)))
 
-    def _arrived(self, into: Pass, cotangents: list[Tensor | None], i: int, gradient: Tensor) -> None:
-        if self._muted:
+    @property
+    def listening(self) -> bool:
+        """Whether gradients that arrive count."""
+        return self._collecting or not self._muted
+
+    def arrived(self, into: Pass, slots: list[Tensor | None], i: int, gradient: Tensor) -> None:
+        """A gradient has come to slot ``i`` of a pass."""
+        if not self.listening:
             return
-        before = cotangents[i]
-        cotangents[i] = gradient.detach() if before is None else before + gradient.detach()
+        if self._collecting:
+            slots[i] = gradient.detach()
+            return
+        before = slots[i]
+        slots[i] = gradient.detach() if before is None else before + gradient.detach()
         self._unreached = None
         if not into.reached:
             into.reached = True
@@ -330,32 +305,17 @@ class Recorder:
                     return
 
 
-class _Ear:
-    """Told of gradients at the nodes of one pass's graph."""
+class _PassEar:
+    """Tells the recorder of one pass's gradients."""
 
     def __init__(self, recorder: Recorder, into: Pass):
-        assert into.state is not None
-        self._recorder, self._into, self.cotangents = recorder, into, into.state.cotangents
+        self._recorder, self._into = recorder, into
 
     def listening(self) -> bool:
-        return self._recorder._collecting or not self._recorder._muted
+        return self._recorder.listening
 
-    def arrived(self, slot: int, gradient: Tensor) -> None:
-        if self._recorder._collecting:
-            self.cotangents[slot] = gradient.detach()
-        else:
-            self._recorder._arrived(self._into, self.cotangents, slot, gradient)
-
-
-class _Tap:
-    """A tensor hook: hands the gradient to the recorder and changes nothing."""
-
-    def __init__(self, recorder: Recorder, into: Pass, cotangents: list[Tensor | None], i: int):
-        self._to = recorder, into, cotangents, i
-
-    def __call__(self, gradient: Tensor) -> None:
-        recorder, into, cotangents, i = self._to
-        recorder._arrived(into, cotangents, i, gradient)
+    def arrived(self, slots: list[Tensor | None], i: int, gradient: Tensor) -> None:
+        self._recorder.arrived(self._into, slots, i, gradient)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
