@@ -1,7 +1,7 @@
 """What the optimizer knows of the model: its layers and their blocks, its stages, and what fits in neither.
 
 A *layer* is a module with parameters of its own; curvature lives there. A *stage* is a point in the forward
-pass where the state's deviation is measured and where the weights of its layers move; in a chain every layer is
+pass where the state is cut, its deviation is measured and the weights of its layers move; by default every layer is
 its own stage. Parameters that belong to no layer, or to several, are *loose*: the whole batch's gradient is
 their only column.
 """
@@ -30,7 +30,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A module at whose input the state's deviation is measured, and the indices of the layers it moves."""
+    """A module before whose first run the state is cut, and the indices of the layers that move there."""
 
     name: str
     module: nn.Module

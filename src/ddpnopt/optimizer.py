@@ -44,8 +44,9 @@ class DDPNOpt(torch.optim.Optimizer):
             SGD, RMSprop or EKFAC, by the curvature.
         momentum: weight of the last update, as a drift the policy takes into account; default 0.
         weight_decay: ``gamma`` of the stage cost ``gamma / 2 |u|^2`` per layer; default 0.
-        stages: modules, or their names, at whose input the whole state passes (residual blocks, say): the layers
-            inside one move together. Default: every layer is a stage, right for chains.
+        stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
+            layers inside one move together. Default: every layer is a stage, and its state, all that lives at its
+            cut, is found in autograd's graph.
 
     Raises:
         ValueError: if a number is out of range, ``coupling`` is unknown or ``Dense`` on a model that is no chain, or
