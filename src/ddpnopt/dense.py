@@ -261,8 +261,9 @@ def sweep(
         decrease = end.weight * change[0].sum() / 2
         policies[stage] = StagePolicy(DensePolicy(k_weights, decrease, end.weight), tuple(ready), gram)
         blocks[stage] = [(block, Q) for block, (_, Q) in zip(layer.blocks, columns, strict=True)]
-        inputs = visits[layer.module].inputs
-        visits[layer.module] = Visit(inputs, [None] * len(inputs) if first else [_unit_columns(x)])
+        visit = visits[layer.module]
+        unit = [None] * len(visit.inputs) if first else [_unit_columns(x)]
+        visits[layer.module] = replace(visit, cotangents=unit)
         V_x, V_xx = expansion.Q_x - change[1:].mT, expansion.Q_xx - gram[:, 1:, 1:]
     return Linearised(replace(whole.recorded, visits=visits), None), blocks, policies
 

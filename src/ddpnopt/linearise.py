@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .columns import Columns, over_batches, over_uses
+from .conditions import redrawn
 from .errors import StepError
 from .layers import Call
 from .network import Layer
-from .passes import Pass, Visit
+from .passes import Pass, Run, Visit
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
@@ -29,11 +31,12 @@ class Linearised:
     recorded: Pass
     scale: Tensor | None
 
-    def columns(self, cotangent: Tensor) -> Tensor:
-        """Columns ``[R, B, ...]``, at least in float32."""
+    def columns(self, cotangent: Tensor, dim: int = 0) -> Tensor:
+        """Columns ``[R, B, ...]``, at least in float32; ``dim``: which dimension of one column is the batch."""
         cotangent = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
         if self.scale is None:
-            return cotangent
+            return cotangent.movedim(1 + dim, 1)
+        cotangent = cotangent.movedim(dim, 0)
         return (cotangent * self.scale.to(cotangent).view(-1, *[1] * (cotangent.ndim - 1)))[None]
 
     def deviation(self, stage: nn.Module, inputs: Sequence[Tensor], name: str) -> Tensor | None:
@@ -46,11 +49,11 @@ class Linearised:
                 f"one that step() runs: the batch was changed between forward and step"
             )
         total = None
-        for x, new, cotangent in zip(visit.inputs, inputs, visit.cotangents, strict=True):
+        for x, new, cotangent, dim in zip(visit.inputs, inputs, visit.cotangents, visit.dims, strict=True):
             if cotangent is None:
                 continue
             dx = new - x
-            product = (self.columns(cotangent) * dx).flatten(2).sum(2)
+            product = (self.columns(cotangent, dim) * dx).flatten(2).sum(2)
             total = product if total is None else total + product
         return total
 
@@ -246,10 +249,10 @@ def joined(parts: Sequence[Linearised]) -> Linearised | None:
 def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
     inputs = [torch.cat(xs) for xs in zip(*(v.inputs for v in visits), strict=True)]
     cotangents = [
-        None if any(c is None for c in cs) else torch.cat([c for c in cs if c is not None], int(columns))
-        for cs in zip(*(v.cotangents for v in visits), strict=True)
+        None if any(c is None for c in cs) else torch.cat([c for c in cs if c is not None], dim + int(columns))
+        for dim, *cs in zip(visits[0].dims, *(v.cotangents for v in visits), strict=True)
     ]
-    return Visit(inputs, cotangents)
+    return Visit(inputs, cotangents, visits[0].dims)
 
 
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:
@@ -264,11 +267,11 @@ def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] 
         if any(run.misfit for run in runs):
             return None
         calls = [
-            Call(run.args, run.kwargs, [None if c is None else one.columns(c) for c in run.cotangents])
+            (run, [None if c is None else one.columns(c, dim) for c, dim in zip(run.cotangents, run.dims, strict=True)])
             for run in runs
             if any(c is not None for c in run.cotangents)
         ]
-        uses = [layer.rule.columns(layer.module, layer.blocks, call) for call in calls]
+        uses = [_columns_of_run(layer, run, cotangents) for run, cotangents in calls]
         parts.append([over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None)
     some = next((part for part in parts if part is not None), None)
     if some is None:
@@ -276,3 +279,8 @@ def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] 
     batches = [one.recorded.batch for one in linearised]
     filled = [p or [block.absent(batch) for block in some] for p, batch in zip(parts, batches, strict=True)]
     return [over_batches([part[i] for part in filled]) for i in range(len(layer.blocks))]
+
+
+def _columns_of_run(layer: Layer, run: Run, cotangents: Sequence[Tensor | None]) -> list[Columns]:
+    with nullcontext() if run.rng is None else redrawn(layer.module, run.rng):
+        return layer.rule.columns(layer.module, layer.blocks, Call(run.args, run.kwargs, cotangents))

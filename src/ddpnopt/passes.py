@@ -4,6 +4,7 @@ Records only: :mod:`ddpnopt.trajectory` fills them. A pass holds nothing of the 
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,22 +20,30 @@ from .conditions import Conditions
 class Run:
     """One run of a layer: detached inputs, and gradients at its floating-point outputs (``None`` until they come).
 
-    ``misfit``: its outputs do not lead with the batch, so that no column belongs to one sample.
+    ``dims``: of each output, the dimension that is the batch. ``misfit``: there is no such dimension, or the rule
+    cannot read this call, so that no column belongs to one sample. ``rng``: states of the generators before the run,
+    where the rule needs them.
     """
 
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     cotangents: list[Tensor | None]
+    dims: list[int]
     misfit: bool
+    rng: list[Tensor] | None = None
 
 
 @dataclass(eq=False)
 class Visit:
-    """A stage's state at its first run: floating-point inputs (detached), and the gradients at them."""
+    """A stage's state at its first run: floating-point inputs, and the gradients at them.
+
+    The inputs are detached and lead with the batch; where it is in the gradients, ``dims`` says.
+    """
 
     inputs: list[Tensor]
     cotangents: list[Tensor | None]
+    dims: list[int]
 
 
 @dataclass(frozen=True)
@@ -124,3 +133,13 @@ def floating(tree: Any) -> list[Tensor]:
 def detached(tree: Any) -> Any:
     """The same nested structure with every tensor detached."""
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def repeated(dims: Sequence[int], count: int) -> list[int]:
+    """``count`` dimensions, the last of ``dims`` as often as it takes."""
+    return [dims[min(i, len(dims) - 1)] for i in range(count)]
+
+
+def is_batch(tensor: Tensor, dim: int, batch: int) -> bool:
+    """Whether a tensor's dimension ``dim`` has the batch's length."""
+    return tensor.ndim > dim and tensor.shape[dim] == batch

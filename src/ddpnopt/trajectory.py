@@ -16,9 +16,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from .conditions import Conditions
+from .conditions import Conditions, rng_states
 from .errors import StepError
-from .passes import Leaf, Pass, Run, Visit, detached, floating, versions
+from .layers import rule_for
+from .passes import Leaf, Pass, Run, Visit, detached, floating, is_batch, repeated, versions
 
 BeforeStage = Callable[[nn.Module, list[Tensor]], None]
 
@@ -60,6 +61,7 @@ class Recorder:
         self._before_stage: BeforeStage | None = None
         self._unreached: int | None = None
         self._batch = 0
+        self._drawn: dict[nn.Module, list[Tensor]] = {}
         self._handles = self._attach(layers, stages, criterion)
         self._release = weakref.finalize(self, _remove, self._handles)
 
@@ -207,23 +209,38 @@ class Recorder:
         if self._paused:
             return
         if self._before_stage is not None:
-            self._before_stage(stage, self._state((args, kwargs)))
-        elif self._current is not None and stage not in self._current.visits and torch.is_grad_enabled():
-            inputs = self._state((args, kwargs))
-            visit = Visit([x.detach() for x in inputs], [None] * len(inputs))
+            self._before_stage(stage, [x.movedim(dim, 0) for x, dim in self._state(stage, (args, kwargs))])
+        elif self._current is not None and torch.is_grad_enabled():
+            if rule_for(stage).draws(stage):
+                self._drawn[stage] = rng_states(stage)
+            if stage in self._current.visits:
+                return
+            state = self._state(stage, (args, kwargs))
+            inputs, dims = [x for x, _ in state], [dim for _, dim in state]
+            moved = [x.detach().movedim(dim, 0) for x, dim in state]
+            visit = Visit(moved, [None] * len(inputs), dims)
             self._current.visits[stage] = visit
             self._tap(self._current, inputs, visit.cotangents)
 
-    def _state(self, tree: Any) -> list[Tensor]:
-        """The floating-point inputs that lead with the batch: others (a bias, a mask) belong to no sample."""
-        return [x for x in floating(tree) if x.ndim and len(x) == self._batch]
+    def _state(self, stage: nn.Module, tree: Any) -> list[tuple[Tensor, int]]:
+        """The floating-point inputs with a dimension that is the batch: others (a bias, a mask) belong to no sample.
+
+        A tensor that is given twice (the query and the key of an attention) is there once, with all its gradient.
+        """
+        inputs = floating(tree)
+        dims = repeated(rule_for(stage).batch_dims(stage).inputs, len(inputs))
+        fitting = [(x, dim) for x, dim in zip(inputs, dims, strict=True) if is_batch(x, dim, self._batch)]
+        return list({id(x): (x, dim) for x, dim in fitting}.values())
 
     def _ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._paused or self._current is None or self._before_stage is not None or not torch.is_grad_enabled():
             return
-        outputs = floating(output)
-        misfit = any(out.ndim < 1 or len(out) != self._current.batch for out in outputs)
-        run = Run(layer, detached(args), detached(kwargs), [None] * len(outputs), misfit)
+        outputs, rule = floating(output), rule_for(layer)
+        dims = repeated(rule.batch_dims(layer).outputs, len(outputs))
+        fits = all(is_batch(out, dim, self._current.batch) for out, dim in zip(outputs, dims, strict=True))
+        misfit = not fits or not rule.reads(args, kwargs)
+        rng = self._drawn.pop(layer, None)
+        run = Run(layer, detached(args), detached(kwargs), [None] * len(outputs), dims, misfit, rng)
         self._current.runs.append(run)
         self._tap(self._current, outputs, run.cotangents)
 
