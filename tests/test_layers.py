@@ -36,6 +36,19 @@ FAST: dict[str, Make] = {
     "layer norm": lambda: (nn.LayerNorm(4), torch.randn(5, 4)),
     "layer norm over positions": lambda: (nn.LayerNorm((3, 4)), torch.randn(5, 2, 3, 4)),
     "layer norm without bias": lambda: (nn.LayerNorm(4, bias=False), torch.randn(5, 6, 4)),
+    "rms norm": lambda: (nn.RMSNorm(4), torch.randn(5, 6, 4)),
+    "rms norm over positions": lambda: (nn.RMSNorm((3, 4), eps=0.1), torch.randn(5, 2, 3, 4)),
+    "conv transpose 1d": lambda: (nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2), torch.randn(5, 4, 6)),
+    "conv transpose 2d": lambda: (
+        nn.ConvTranspose2d(2, 3, (3, 2), (1, 2), (2, 1), (1, 0), dilation=(2, 1)),
+        torch.randn(5, 2, 5, 4),
+    ),
+    "conv transpose 3d": lambda: (nn.ConvTranspose3d(2, 3, 2, stride=2, bias=False), torch.randn(3, 2, 2, 3, 2)),
+    "instance norm": lambda: (nn.InstanceNorm1d(4, affine=True), torch.randn(5, 4, 6)),
+    "instance norm in evaluation": lambda: (
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval(),
+        torch.randn(5, 4, 3, 2),
+    ),
     "group norm": lambda: (nn.GroupNorm(2, 4), torch.randn(5, 4, 3, 3)),
     "group norm of vectors": lambda: (nn.GroupNorm(2, 4), torch.randn(5, 4)),
     "batch norm in evaluation": lambda: (nn.BatchNorm2d(4).eval(), torch.randn(5, 4, 3, 3)),
@@ -44,8 +57,6 @@ GENERIC: dict[str, Make] = {
     "embedding": lambda: (nn.Embedding(7, 3), torch.randint(7, (5, 4))),
     "prelu, which vmap gets wrong": lambda: (nn.PReLU(4), torch.randn(5, 4)),
     "prelu over positions": lambda: (nn.PReLU(4), torch.randn(5, 4, 3)),
-    "transposed convolution": lambda: (nn.ConvTranspose2d(2, 3, 3, stride=2), torch.randn(5, 2, 4, 4)),
-    "rms norm": lambda: (nn.RMSNorm(4), torch.randn(5, 6, 4)),
 }
 
 

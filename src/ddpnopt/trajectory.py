@@ -238,7 +238,7 @@ class Recorder:
         outputs, rule = floating(output), rule_for(layer)
         dims = repeated(rule.batch_dims(layer).outputs, len(outputs))
         fits = all(is_batch(out, dim, self._current.batch) for out, dim in zip(outputs, dims, strict=True))
-        misfit = not fits or not rule.reads(args, kwargs)
+        misfit = not fits or not rule.reads(layer, args, kwargs)
         rng = self._drawn.pop(layer, None)
         run = Run(layer, detached(args), detached(kwargs), [None] * len(outputs), dims, misfit, rng)
         self._current.runs.append(run)

@@ -3,7 +3,7 @@
 from torch import nn
 
 from .base import Block, Call, LayerRule
-from .conv import ConvRule
+from .conv import ConvRule, ConvTransposeRule
 from .generic import GenericRule
 from .linear import LinearRule
 from .norm import NormRule
@@ -11,7 +11,17 @@ from .norm import NormRule
 _RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LinearRule(),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvRule()),
-    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), NormRule()),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTransposeRule()),
+    **dict.fromkeys(
+        (
+            nn.LayerNorm,
+            nn.RMSNorm,
+            nn.GroupNorm,
+            *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+            *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        ),
+        NormRule(),
+    ),
 }
 _GENERIC = GenericRule()
 

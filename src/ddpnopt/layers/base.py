@@ -80,7 +80,7 @@ class LayerRule(ABC):
         """Why this module's parameters have no columns, if its settings say so."""
         return None
 
-    def reads(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    def reads(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether the rule can read a call on these arguments."""
         return True
 
@@ -101,9 +101,9 @@ class LayerRule(ABC):
         """The columns' gradients of each block."""
 
 
-def argument(call: Call, position: int, name: str, default: Any = None) -> Any:
-    """What the module's argument ``name``, the one at ``position``, was in this call."""
-    return call.args[position] if len(call.args) > position else call.kwargs.get(name, default)
+def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """The module's argument ``name``, which comes at ``position`` if it is not named."""
+    return args[position] if len(args) > position else kwargs.get(name, default)
 
 
 def only_cotangent(call: Call) -> Tensor:
