@@ -33,7 +33,7 @@ from .errors import StepError
 from .layers import Block, Call
 from .linearise import Linearised, TerminalValue, joined
 from .network import Layer, Network, Stage
-from .passes import Run, Visit
+from .passes import Run
 from .value import DensePolicy, SampleValue
 
 OTHERWISE = "use coupling='batch' or coupling='sample', which take any model"
@@ -262,7 +262,7 @@ def sweep(
         policies[stage] = StagePolicy(DensePolicy(k_weights, decrease, end.weight), tuple(ready), gram)
         blocks[stage] = [(block, Q) for block, (_, Q) in zip(layer.blocks, columns, strict=True)]
         visit = visits[layer.module]
-        unit = [None] * len(visit.inputs) if first else [_unit_columns(x)]
+        unit: list[Tensor | None] = [None] * len(visit.inputs) if first else [_unit_columns(x)]
         visits[layer.module] = replace(visit, cotangents=unit)
         V_x, V_xx = expansion.Q_x - change[1:].mT, expansion.Q_xx - gram[:, 1:, 1:]
     return Linearised(replace(whole.recorded, visits=visits), None), blocks, policies

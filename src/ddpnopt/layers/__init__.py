@@ -4,6 +4,7 @@ from torch import nn
 
 from .base import Block, Call, LayerRule
 from .conv import ConvRule, ConvTransposeRule
+from .embedding import EmbeddingBagRule, EmbeddingRule
 from .generic import GenericRule
 from .linear import LinearRule
 from .norm import NormRule
@@ -22,6 +23,8 @@ _RULES: dict[type[nn.Module], LayerRule] = {
         ),
         NormRule(),
     ),
+    nn.Embedding: EmbeddingRule(),
+    nn.EmbeddingBag: EmbeddingBagRule(),
 }
 _GENERIC = GenericRule()
 

@@ -35,7 +35,7 @@ class ConvRule(LayerRule):
 
 
 class ConvTransposeRule(LayerRule):
-    """``nn.ConvTranspose1d/2d/3d`` on batched inputs; its weight leads with the inputs, so the bias is its own block."""
+    """``nn.ConvTranspose1d/2d/3d`` on batches; the weight leads with the inputs, so the bias is a block of its own."""
 
     name = "conv transpose"
     why = "per-sample gradients by one grouped convolution"
@@ -96,10 +96,10 @@ def _weight_gradients(module: Convolution | Transposed, x: Tensor, v: Tensor, pa
 
 def _output_padding(module: Convolution | Transposed, x: Tensor, v: Tensor) -> tuple[int, ...]:
     """What the outputs ``v [R, B, out, ...]`` are longer than the inputs ask for: a call may name their size."""
-    settings = zip(module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
+    kernel, stride, padding, dilation = module.kernel_size, module.stride, module.padding, module.dilation
     plain = [
-        (inputs - 1) * stride - 2 * int(padding) + dilation * (kernel - 1) + 1
-        for inputs, (kernel, stride, padding, dilation) in zip(x.shape[2:], settings, strict=True)
+        (inputs - 1) * stride[i] - 2 * int(padding[i]) + dilation[i] * (kernel[i] - 1) + 1
+        for i, inputs in enumerate(x.shape[2:])
     ]
     return tuple(outputs - size for outputs, size in zip(v.shape[3:], plain, strict=True))
 
