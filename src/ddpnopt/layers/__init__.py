@@ -2,12 +2,14 @@
 
 from torch import nn
 
+from .attention import AttentionRule
 from .base import Block, Call, LayerRule
 from .conv import ConvRule, ConvTransposeRule
 from .embedding import EmbeddingBagRule, EmbeddingRule
 from .generic import GenericRule
 from .linear import LinearRule
 from .norm import NormRule
+from .recurrent import CellRule, RecurrentRule
 
 _RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LinearRule(),
@@ -25,6 +27,9 @@ _RULES: dict[type[nn.Module], LayerRule] = {
     ),
     nn.Embedding: EmbeddingRule(),
     nn.EmbeddingBag: EmbeddingBagRule(),
+    nn.MultiheadAttention: AttentionRule(),
+    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), RecurrentRule()),
+    **dict.fromkeys((nn.RNNCell, nn.LSTMCell, nn.GRUCell), CellRule()),
 }
 _GENERIC = GenericRule()
 
