@@ -27,10 +27,14 @@ class Conditions:
         buffers = {buffer: buffer.clone() for buffer in model.buffers()}
         named = [(module, dict(module._buffers)) for module in model.modules()]
         device, dtype, enabled = self.autocast
+        fast = torch.backends.mha.get_fastpath_enabled()
+        # without gradients torch would fuse an evaluated transformer, and take its layers' sequences apart
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             with redrawn(model, self.rng), torch.autocast(device, dtype=dtype, enabled=enabled):
                 yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for module, own in named:
                 module._buffers.update(own)  # a module may put a new tensor in a buffer's place
             for buffer, before in buffers.items():

@@ -283,4 +283,7 @@ def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] 
 
 def _columns_of_run(layer: Layer, run: Run, cotangents: Sequence[Tensor | None]) -> list[Columns]:
     with nullcontext() if run.rng is None else redrawn(layer.module, run.rng):
-        return layer.rule.columns(layer.module, layer.blocks, Call(run.args, run.kwargs, cotangents))
+        args, kwargs = run.args, run.kwargs
+        if run.dims[0] and layer.rule.positionwise(layer.module):
+            args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.movedim(run.dims[0], 0), (args, kwargs))
+        return layer.rule.columns(layer.module, layer.blocks, Call(args, kwargs, cotangents))

@@ -4,7 +4,6 @@ Records only: :mod:`ddpnopt.trajectory` fills them. A pass holds nothing of the 
 """
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,11 +132,6 @@ def floating(tree: Any) -> list[Tensor]:
 def detached(tree: Any) -> Any:
     """The same nested structure with every tensor detached."""
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
-
-
-def repeated(dims: Sequence[int], count: int) -> list[int]:
-    """``count`` dimensions, the last of ``dims`` as often as it takes."""
-    return [dims[min(i, len(dims) - 1)] for i in range(count)]
 
 
 def is_batch(tensor: Tensor, dim: int, batch: int) -> bool:

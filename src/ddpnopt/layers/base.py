@@ -50,7 +50,7 @@ class Call:
     """One run of a module: its inputs, and its outputs' gradients ``[R, *output.shape]``, column by column.
 
     ``None`` stands for an output that no column depends on. These gradients lead with the batch after R, also where
-    the outputs do not; the inputs are as the module got them.
+    the outputs do not; the inputs are as the module got them (but see :meth:`LayerRule.positionwise`).
     """
 
     args: tuple[Any, ...]
@@ -83,6 +83,13 @@ class LayerRule(ABC):
     def reads(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether the rule can read a call on these arguments."""
         return True
+
+    def positionwise(self, module: nn.Module) -> bool:
+        """Whether it does the same at every place of the leading dimensions, so that the second may be the batch.
+
+        :meth:`columns` then gets the inputs, too, with the batch in front.
+        """
+        return False
 
     def batch_dims(self, module: nn.Module) -> BatchDims:
         """Where the batch is in the module's inputs and outputs."""

@@ -25,6 +25,9 @@ class EmbeddingRule(LayerRule):
     def refuses(self, module: nn.Module) -> str | None:
         return BY_COUNT if module.scale_grad_by_freq else None
 
+    def positionwise(self, module: nn.Module) -> bool:
+        return True
+
     def columns(self, module: nn.Module, blocks: Sequence[Block], call: Call) -> list[Columns]:
         assert isinstance(module, nn.Embedding)
         v = only_cotangent(call)
@@ -36,6 +39,9 @@ class EmbeddingBagRule(EmbeddingRule):
     """``nn.EmbeddingBag`` on ``[B, S]``, one bag per sample; bags given by offsets do not lead with the batch."""
 
     name = "embedding bag"
+
+    def positionwise(self, module: nn.Module) -> bool:
+        return False
 
     def reads(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         ndim: int = argument(args, kwargs, 0, "input").ndim

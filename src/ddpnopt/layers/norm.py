@@ -30,6 +30,9 @@ class NormRule(LayerRule):
         x = argument(args, kwargs, 0, "input")
         return not isinstance(module, _InstanceNorm) or x.ndim > module._get_no_batch_dim()
 
+    def positionwise(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1
+
     def columns(self, module: nn.Module, blocks: Sequence[Block], call: Call) -> list[Columns]:
         v = only_cotangent(call)
         x = argument(call.args, call.kwargs, 0, "x" if isinstance(module, nn.RMSNorm) else "input")
