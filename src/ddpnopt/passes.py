@@ -132,8 +132,3 @@ def floating(tree: Any) -> list[Tensor]:
 def detached(tree: Any) -> Any:
     """The same nested structure with every tensor detached."""
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
-
-
-def is_batch(tensor: Tensor, dim: int, batch: int) -> bool:
-    """Whether a tensor's dimension ``dim`` has the batch's length."""
-    return tensor.ndim > dim and tensor.shape[dim] == batch

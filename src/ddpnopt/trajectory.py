@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .conditions import Conditions, rng_states
 from .errors import StepError
-from .layers import rule_for
-from .passes import Leaf, Pass, Run, Visit, detached, floating, is_batch, versions
+from .layers import Layout, is_batch, rule_for
+from .passes import Leaf, Pass, Run, Visit, detached, floating, versions
 
 BeforeStage = Callable[[nn.Module, list[Tensor]], None]
 
@@ -61,7 +61,7 @@ class Recorder:
         self._before_stage: BeforeStage | None = None
         self._unreached: int | None = None
         self._batch = 0
-        self._sequence_first = _sequence_first(model)
+        self._layout = Layout(model)
         self._drawn: dict[nn.Module, list[Tensor]] = {}
         self._handles = self._attach(layers, stages, criterion)
         self._release = weakref.finalize(self, _remove, self._handles)
@@ -229,26 +229,16 @@ class Recorder:
         A tensor that is given twice (the query and the key of an attention) is there once, with all its gradient.
         """
         inputs = floating(tree)
-        dims = self._dims(stage, inputs, rule_for(stage).batch_dims(stage).inputs)
+        dims = self._layout.dims(stage, rule_for(stage), inputs, self._batch, inputs=True)
         fitting = [(x, dim) for x, dim in zip(inputs, dims, strict=True) if is_batch(x, dim, self._batch)]
         return list({id(x): (x, dim) for x, dim in fitting}.values())
-
-    def _dims(self, module: nn.Module, tensors: Sequence[Tensor], dims: Sequence[int]) -> list[int]:
-        """Of each tensor, the dimension that is the batch: where the rule says it is, or the second, if it can be."""
-        if not rule_for(module).positionwise(module):
-            return [dims[min(i, len(dims) - 1)] for i in range(len(tensors))]
-        first = module not in self._sequence_first
-        return [
-            int(x.ndim > 2 and is_batch(x, 1, self._batch) and not (first and is_batch(x, 0, self._batch)))
-            for x in tensors
-        ]
 
     def _ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._paused or self._current is None or self._before_stage is not None or not torch.is_grad_enabled():
             return
         outputs, rule = floating(output), rule_for(layer)
-        dims = self._dims(layer, outputs, rule.batch_dims(layer).outputs)
-        fits = all(is_batch(out, dim, self._current.batch) for out, dim in zip(outputs, dims, strict=True))
+        dims = self._layout.dims(layer, rule, outputs, self._batch, inputs=False)
+        fits = all(is_batch(out, dim, self._batch) for out, dim in zip(outputs, dims, strict=True))
         misfit = not fits or not rule.reads(layer, args, kwargs)
         rng = self._drawn.pop(layer, None)
         run = Run(layer, detached(args), detached(kwargs), [None] * len(outputs), dims, misfit, rng)
@@ -293,13 +283,6 @@ class _Tap:
     def __call__(self, gradient: Tensor) -> None:
         recorder, into, cotangents, i = self._to
         recorder._arrived(into, cotangents, i, gradient)
-
-
-def _sequence_first(model: nn.Module) -> set[nn.Module]:
-    """Modules inside of torch's own transformer layers, where these do not lead with the batch."""
-    kinds = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
-    holders = [m for m in model.modules() if isinstance(m, kinds) and not m.self_attn.batch_first]
-    return {inner for holder in holders for inner in holder.modules()}
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -7,6 +7,7 @@ from .base import Block, Call, LayerRule
 from .conv import ConvRule, ConvTransposeRule
 from .embedding import EmbeddingBagRule, EmbeddingRule
 from .generic import GenericRule
+from .layout import Layout, is_batch
 from .linear import LinearRule
 from .norm import NormRule
 from .recurrent import CellRule, RecurrentRule
@@ -39,4 +40,4 @@ def rule_for(module: nn.Module) -> LayerRule:
     return _RULES.get(type(module), _GENERIC)
 
 
-__all__ = ["Block", "Call", "LayerRule", "rule_for"]
+__all__ = ["Block", "Call", "LayerRule", "Layout", "is_batch", "rule_for"]
