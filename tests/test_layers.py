@@ -1,6 +1,7 @@
 """Every fast layer rule against the generic one, and that against single samples through autograd."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from cases import CURVATURES
 from ddpnopt import DDPNOpt, Identity
-from ddpnopt.columns import Columns, OuterColumns
+from ddpnopt.columns import Columns
 from ddpnopt.layers import Block, Call, rule_for
 from ddpnopt.layers.base import LayerRule
 from ddpnopt.layers.generic import GenericRule
@@ -36,16 +37,40 @@ FAST: dict[str, Make] = {
     "layer norm": lambda: (nn.LayerNorm(4), torch.randn(5, 4)),
     "layer norm over positions": lambda: (nn.LayerNorm((3, 4)), torch.randn(5, 2, 3, 4)),
     "layer norm without bias": lambda: (nn.LayerNorm(4, bias=False), torch.randn(5, 6, 4)),
+    "rms norm": lambda: (nn.RMSNorm(4), torch.randn(5, 6, 4)),
+    "rms norm over positions": lambda: (nn.RMSNorm((3, 4), eps=0.1), torch.randn(5, 2, 3, 4)),
+    "conv transpose 1d": lambda: (nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2), torch.randn(5, 4, 6)),
+    "conv transpose 2d": lambda: (
+        nn.ConvTranspose2d(2, 3, (3, 2), (1, 2), (2, 1), (1, 0), dilation=(2, 1)),
+        torch.randn(5, 2, 5, 4),
+    ),
+    "conv transpose 3d": lambda: (nn.ConvTranspose3d(2, 3, 2, stride=2, bias=False), torch.randn(3, 2, 2, 3, 2)),
+    "instance norm": lambda: (nn.InstanceNorm1d(4, affine=True), torch.randn(5, 4, 6)),
+    "instance norm in evaluation": lambda: (
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval(),
+        torch.randn(5, 4, 3, 2),
+    ),
+    "embedding": lambda: (nn.Embedding(7, 3), torch.randint(7, (5, 4))),
+    "embedding of one index": lambda: (nn.Embedding(7, 3), torch.randint(7, (5,))),
+    "embedding with padding": lambda: (nn.Embedding(4, 3, padding_idx=-1), torch.randint(4, (5, 2, 3))),
+    "embedding bag": lambda: (nn.EmbeddingBag(4, 3), torch.randint(4, (5, 6))),
+    "embedding bag of sums with padding": lambda: (
+        nn.EmbeddingBag(4, 3, mode="sum", padding_idx=1),
+        torch.randint(4, (5, 6)),
+    ),
+    "embedding bag of means with padding": lambda: (nn.EmbeddingBag(2, 3, padding_idx=1), torch.randint(2, (9, 3))),
+    "embedding bag of maxima": lambda: (nn.EmbeddingBag(4, 3, mode="max"), torch.randint(4, (5, 6))),
+    "embedding bag of maxima with padding": lambda: (
+        nn.EmbeddingBag(4, 3, mode="max", padding_idx=2),
+        torch.randint(4, (5, 3)),
+    ),
     "group norm": lambda: (nn.GroupNorm(2, 4), torch.randn(5, 4, 3, 3)),
     "group norm of vectors": lambda: (nn.GroupNorm(2, 4), torch.randn(5, 4)),
     "batch norm in evaluation": lambda: (nn.BatchNorm2d(4).eval(), torch.randn(5, 4, 3, 3)),
 }
 GENERIC: dict[str, Make] = {
-    "embedding": lambda: (nn.Embedding(7, 3), torch.randint(7, (5, 4))),
     "prelu, which vmap gets wrong": lambda: (nn.PReLU(4), torch.randn(5, 4)),
     "prelu over positions": lambda: (nn.PReLU(4), torch.randn(5, 4, 3)),
-    "transposed convolution": lambda: (nn.ConvTranspose2d(2, 3, 3, stride=2), torch.randn(5, 2, 4, 4)),
-    "rms norm": lambda: (nn.RMSNorm(4), torch.randn(5, 6, 4)),
 }
 
 
@@ -59,7 +84,7 @@ def columns_by_parameter(module: nn.Module, rule: LayerRule, x: Tensor, cotangen
     blocks = blocks_of(module, rule)
     found: dict[str, Tensor] = {}
     for block, columns in zip(blocks, rule.columns(module, blocks, Call((x,), {}, [cotangents])), strict=True):
-        values = columns.dense().values if isinstance(columns, OuterColumns) else columns.values  # type: ignore[attr-defined]
+        values = columns.dense().values
         for name, parameter, start in zip(block.names, block.parameters, _starts(block), strict=True):
             width = parameter.numel() // values.shape[2]
             found[name] = values[:, :, :, start : start + width].flatten(2)
@@ -359,11 +384,32 @@ def test_inputs_that_belong_to_no_sample(shape: tuple[int, ...]) -> None:
     assert {row.rule for row in optimizer.report().rows if row.name in ("first", "last")} == {"linear"}
 
 
-def test_sparse_gradients_are_made_dense() -> None:
-    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3))
-    optimizer = DDPNOpt(model)
-    before = [p.detach().clone() for p in model.parameters()]
-    nn.functional.cross_entropy(model(torch.randint(7, (5, 3))), torch.randint(3, (5,))).backward()
-    with pytest.warns(UserWarning, match="Embedding: the generic rule failed"):
-        optimizer.step()
-    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+@pytest.mark.parametrize("settings", [{}, {"coupling": "sample"}, {"coupling": "sample", "feedback": False}], ids=str)
+@pytest.mark.parametrize("form", ["plain", "closure"])
+def test_sparse_gradients_are_made_dense(settings: dict[str, Any], form: str) -> None:
+    def weights(sparse: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 3))
+        x, y = torch.randint(7, (5, 3)), torch.randint(3, (5,))
+        optimizer = DDPNOpt(model, **settings)
+        if form == "plain":
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        else:
+            optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))
+        assert {row.rule for row in optimizer.report().rows} == {"embedding", "linear"}
+        return list(model.parameters())
+
+    for one, other in zip(weights(False), weights(True), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_an_embedding_whose_gradient_is_divided_by_counts_follows_the_batch() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(12, 3))
+    x, y = torch.randint(7, (5, 3)), torch.randint(3, (5,))
+    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity())
+    assert [row.rule for row in optimizer.report().rows] == ["linear", "base"]
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), [next(model.parameters())])
+    start = next(model.parameters()).detach().clone()
+    optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))
+    torch.testing.assert_close((start - next(model.parameters()).detach()) / 1e-7, expected, rtol=1e-4, atol=1e-6)

@@ -34,7 +34,7 @@ from .joined import joined
 from .layers import Block, Call
 from .linearise import Linearised, TerminalValue
 from .network import Layer, Network, Stage, flattened, is_sequential
-from .passes import Run, Visit
+from .passes import Run
 from .value import DensePolicy, SampleValue
 
 OTHERWISE = "use coupling='batch' or coupling='sample', which take any model"
@@ -252,8 +252,9 @@ def sweep(
         decrease = end.weight * change[0].sum() / 2
         policies[stage] = StagePolicy(DensePolicy(k_weights, decrease, end.weight), tuple(ready), gram)
         blocks[stage] = [(block, Q) for block, (_, Q) in zip(layer.blocks, columns, strict=True)]
-        inputs = visits[layer.module].inputs
-        visits[layer.module] = Visit(inputs, [None] * len(inputs) if first else [_unit_columns(x)])
+        visit = visits[layer.module]
+        unit: list[Tensor | None] = [None] * len(visit.inputs) if first else [_unit_columns(x)]
+        visits[layer.module] = replace(visit, cotangents=unit)
         V_x, V_xx = expansion.Q_x - change[1:].mT, expansion.Q_xx - gram[:, 1:, 1:]
     return Linearised(replace(whole.recorded, visits=visits), None), blocks, policies
 

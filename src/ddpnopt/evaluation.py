@@ -104,8 +104,13 @@ def check_evaluated(found: Evaluated, network: Network) -> None:
 
 
 def _own(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    own = {p: p.grad for p in parameters if p.grad is not None}
-    return {p: gradient.to_dense() if gradient.is_sparse else gradient for p, gradient in own.items()}
+    return _dense({p: p.grad for p in parameters})
+
+
+def _dense(gradients: Mapping[nn.Parameter, Tensor | None]) -> dict[nn.Parameter, Tensor]:
+    """The gradients that are there, none of them sparse."""
+    there = {p: gradient for p, gradient in gradients.items() if gradient is not None}
+    return {p: gradient.to_dense() if gradient.is_sparse else gradient for p, gradient in there.items()}
 
 
 def _not_in_columns(network: Network, passes: Sequence[Pass]) -> list[nn.Parameter]:
@@ -128,8 +133,7 @@ def _differentiated(
     values = torch.autograd.grad(loss, wanted, retain_graph=retain_graph, allow_unused=True)
     for (cotangents, i, _), value in zip(edges, values, strict=False):
         cotangents[i] = value
-    gradients = zip(parameters, values[len(edges) :], strict=True)
-    return {p: gradient for p, gradient in gradients if gradient is not None}
+    return _dense(dict(zip(parameters, values[len(edges) :], strict=True)))
 
 
 def _check_loss(loss: Any) -> None:

@@ -45,10 +45,10 @@ def joined(parts: Sequence[Linearised]) -> Linearised | None:
 def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
     inputs = [torch.cat(xs) for xs in zip(*(v.inputs for v in visits), strict=True)]
     cotangents = [
-        None if any(c is None for c in cs) else torch.cat([c for c in cs if c is not None], int(columns))
-        for cs in zip(*(v.cotangents for v in visits), strict=True)
+        None if any(c is None for c in cs) else torch.cat([c for c in cs if c is not None], dim + int(columns))
+        for dim, *cs in zip(visits[0].dims, *(v.cotangents for v in visits), strict=True)
     ]
-    return Visit(inputs, cotangents)
+    return Visit(inputs, cotangents, visits[0].dims)
 
 
 def _joined_state(states: Sequence[State], columns: bool) -> State | None:
@@ -56,9 +56,9 @@ def _joined_state(states: Sequence[State], columns: bool) -> State | None:
     first = states[0]
 
     def joined_live(same: Sequence[Live], slot: int) -> Live | None:
-        if len({(x.place, x.terms, x.stages) for x in same}) > 1:
+        if len({(x.place, x.dim, x.terms, x.stages) for x in same}) > 1:
             return None
-        return replace(same[0], value=torch.cat([x.value for x in same]), terms=((slot, 1),))
+        return replace(same[0], value=torch.cat([x.value for x in same], same[0].dim), terms=((slot, 1),))
 
     whole = replace(first, live={}, cotangents=[])
     for state in states[1:]:
@@ -74,6 +74,8 @@ def _joined_state(states: Sequence[State], columns: bool) -> State | None:
                 return None
             parts = [signed_sum(state.cotangents, x.terms) for state, x in zip(states, same, strict=True)]
             present = [p for p in parts if p is not None]
-            whole.cotangents.append(torch.cat(present, int(columns)) if len(present) == len(parts) else None)
+            whole.cotangents.append(
+                torch.cat(present, same[0].dim + int(columns)) if len(present) == len(parts) else None
+            )
             whole.live.setdefault(boundary, []).append(live)
     return whole

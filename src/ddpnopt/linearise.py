@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .columns import Columns, over_batches, over_uses
+from .conditions import redrawn
 from .errors import StepError
 from .layers import Block, Call
 from .network import Layer
@@ -29,11 +32,12 @@ class Linearised:
     recorded: Pass
     scale: Tensor | None
 
-    def columns(self, cotangent: Tensor) -> Tensor:
-        """Columns ``[R, B, ...]``, at least in float32."""
+    def columns(self, cotangent: Tensor, dim: int = 0) -> Tensor:
+        """Columns ``[R, B, ...]``, at least in float32; ``dim``: which dimension of one column is the batch."""
         cotangent = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
         if self.scale is None:
-            return cotangent
+            return cotangent.movedim(1 + dim, 1)
+        cotangent = cotangent.movedim(dim, 0)
         return (cotangent * self.scale.to(cotangent).view(-1, *[1] * (cotangent.ndim - 1)))[None]
 
     def deviation(self, stage: nn.Module, inputs: Sequence[Tensor], name: str) -> Tensor | None:
@@ -46,16 +50,16 @@ class Linearised:
                 f"one that step() runs: the batch was changed between forward and step"
             )
         total = None
-        for x, new, cotangent in zip(visit.inputs, inputs, visit.cotangents, strict=True):
+        for x, new, cotangent, dim in zip(visit.inputs, inputs, visit.cotangents, visit.dims, strict=True):
             if cotangent is None:
                 continue
-            product = self.projected(cotangent, new - x)
+            product = self.projected(cotangent, new - x, dim)
             total = product if total is None else total + product
         return total
 
-    def projected(self, cotangent: Tensor, dx: Tensor) -> Tensor:
-        """``P' dx [R, B]`` of one tensor."""
-        return (self.columns(cotangent) * dx).flatten(2).sum(2)
+    def projected(self, cotangent: Tensor, dx: Tensor, dim: int = 0) -> Tensor:
+        """``P' dx [R, B]`` of one tensor; ``dx`` leads with the batch, ``dim`` as in :meth:`columns`."""
+        return (self.columns(cotangent, dim) * dx).flatten(2).sum(2)
 
 
 @dataclass(frozen=True)
@@ -288,11 +292,11 @@ def _columns_of_runs(
     parts: list[list[Columns] | None] = []
     for one, own in zip(linearised, runs, strict=True):
         calls = [
-            Call(run.args, run.kwargs, [None if c is None else one.columns(c) for c in run.cotangents])
+            (run, [None if c is None else one.columns(c, dim) for c, dim in zip(run.cotangents, run.dims, strict=True)])
             for run in own
             if any(c is not None for c in run.cotangents)
         ]
-        uses = [layer.rule.columns(layer.module, layer.blocks, call) for call in calls]
+        uses = [_columns_of_run(layer, run, cotangents) for run, cotangents in calls]
         parts.append([over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None)
     some = next((part for part in parts if part is not None), None)
     if some is None:
@@ -300,3 +304,11 @@ def _columns_of_runs(
     batches = [one.recorded.batch for one in linearised]
     filled = [p or [block.absent(batch) for block in some] for p, batch in zip(parts, batches, strict=True)]
     return [over_batches([part[i] for part in filled]) for i in range(len(layer.blocks))]
+
+
+def _columns_of_run(layer: Layer, run: Run, cotangents: Sequence[Tensor | None]) -> list[Columns]:
+    with nullcontext() if run.rng is None else redrawn(layer.module, run.rng):
+        args, kwargs = run.args, run.kwargs
+        if run.dims[0] and layer.rule.positionwise(layer.module):
+            args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.movedim(run.dims[0], 0), (args, kwargs))
+        return layer.rule.columns(layer.module, layer.blocks, Call(args, kwargs, cotangents))

@@ -77,14 +77,15 @@ def read_network(
     loose: list[Loose] = []
     placed: set[nn.Parameter] = set()
     for name, module in model.named_modules() if model else ():
-        own = {n: p for n, p in module._parameters.items() if p is not None and p in group_of}
+        rule = rule_for(module)
+        own = {n: p for n, p in rule.parameters(module).items() if p in group_of and p not in placed}
         placed.update(own.values())
         for parameter_name in [n for n, p in own.items() if owners[p] > 1]:
             parameter = own.pop(parameter_name)
             if parameter not in {item.block.parameters[0] for item in loose}:
                 loose.append(_loose(_join(name, parameter_name), parameter, SHARED))
-        if name in refused:
-            loose += [_loose(_join(name, n), p, refused[name]) for n, p in own.items()]
+        if reason := refused.get(name) or rule.refuses(module):
+            loose += [_loose(_join(name, n), p, reason) for n, p in own.items()]
         elif own:
             layers.append(_layer(name, module, own, group_of))
     loose += [_loose(f"parameter {i}", p, BARE) for i, p in enumerate(group_of) if p not in placed]

@@ -20,24 +20,32 @@ from .conditions import Conditions
 class Run:
     """One run of a layer: detached inputs, and gradients at its floating-point outputs (``None`` until they come).
 
-    ``misfit``: its outputs do not lead with the batch, so that no column belongs to one sample. ``stray``: a parameter
-    of the layer was also used outside its runs, so that columns read off these are not all.
+    ``dims``: of each output, the dimension that is the batch. ``misfit``: there is no such dimension, or the rule
+    cannot read this call, so that no column belongs to one sample. ``rng``: states of the generators before the run,
+    where the rule needs them. ``stray``: a parameter of the layer was also used outside its runs, so that columns read
+    off these are not all.
     """
 
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     cotangents: list[Tensor | None]
+    dims: list[int]
     misfit: bool
+    rng: list[Tensor] | None = None
     stray: bool = False
 
 
 @dataclass(eq=False)
 class Visit:
-    """A stage's state at its first run: floating-point inputs (detached), and the gradients at them."""
+    """A stage's state at its first run: floating-point inputs, and the gradients at them.
+
+    The inputs are detached and lead with the batch; where it is in the gradients, ``dims`` says.
+    """
 
     inputs: list[Tensor]
     cotangents: list[Tensor | None]
+    dims: list[int]
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Live:
     Args:
         place: where it can be measured.
         value: nominal, detached; ``version`` counts the writes into it until then.
+        dim: which of its dimensions is the batch.
         terms: the gradient ``p`` as slots of :attr:`State.cotangents` with their signs, the tensor's own in front.
         stages: the stages.
     """
@@ -70,6 +79,7 @@ class Live:
     place: Place
     value: Tensor
     version: int
+    dim: int
     terms: tuple[tuple[int, int], ...]
     stages: tuple[nn.Module, ...]
 

@@ -83,7 +83,8 @@ class _Deviation:
             self._missing.subtract(live.stages)
             cotangent = signed_sum(self._state.cotangents, live.terms)
             if cotangent is not None:
-                r = self._linearised.projected(cotangent, tensors[index] - live.value)
+                dx = (tensors[index] - live.value).movedim(live.dim, 0)
+                r = self._linearised.projected(cotangent, dx, live.dim)
                 for stage in live.stages:
                     self._add(stage, r)
 

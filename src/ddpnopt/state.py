@@ -53,17 +53,17 @@ class Tracer:
         self._starts: dict[nn.Module, list[int]] = {}
         self._spans: list[tuple[int, int]] = []
 
-    def passed(self, module: nn.Module, tensors: Sequence[tuple[int, Tensor]], *, leaving: bool) -> None:
-        """A module's entry or exit, with the tensors there that lead with the batch."""
+    def passed(self, module: nn.Module, tensors: Sequence[tuple[int, Tensor, int]], *, leaving: bool) -> None:
+        """A module's entry or exit, with the tensors there that have a batch dimension: which, what, and where."""
         self._hooked |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         boundary = self._boundaries.passed(module, leaving=leaving)
         self._count += 1
-        for index, tensor in tensors:
+        for index, tensor, dim in tensors:
             if tensor.grad_fn is None or (key := (tensor.grad_fn, tensor.output_nr)) in self._known:
                 continue
             place = Place(*boundary, index)
             value = tensor.detach().clone() if place in self._overwritten else tensor.detach()
-            self._known[key] = self._count, Live(place, value, value._version, (), ())
+            self._known[key] = self._count, Live(place, value, value._version, dim, (), ())
 
     def begins(self, stage: nn.Module) -> None:
         """A run of a stage begins; its first is the stage's cut."""
@@ -95,7 +95,7 @@ class Tracer:
             stages = tuple(cuts[t].stage for t in at if cuts[t].stage not in state.lost)
             if stages:
                 seen = self._known[key][1]
-                live = Live(seen.place, seen.value, seen.version, taps.terms(key, part), stages)
+                live = Live(seen.place, seen.value, seen.version, seen.dim, taps.terms(key, part), stages)
                 state.live.setdefault((live.place.module, live.place.leaving, live.place.call), []).append(live)
         state.cotangents = [None] * taps.count
         return state, taps

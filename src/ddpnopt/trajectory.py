@@ -16,9 +16,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from .conditions import Conditions
+from .conditions import Conditions, rng_states
 from .errors import StepError
 from .hooks import ModuleHook, TensorTap
+from .layers import Layout, is_batch, rule_for
 from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, versions
 from .state import Boundaries, Boundary, Tracer
 
@@ -64,6 +65,8 @@ class Recorder:
         self.untraced: set[str] = set()
         self._unreached: int | None = None
         self._batch = 0
+        self._layout = Layout(model)
+        self._drawn: dict[nn.Module, list[Tensor]] = {}
         self._handles = self._attach(layers, stages, criterion)
         self._release = weakref.finalize(self, _remove, self._handles)
 
@@ -234,34 +237,50 @@ class Recorder:
         if self._at_boundary is not None:
             self._at_boundary(self._boundaries.passed(module, leaving=leaving), floating(tree))
         elif self._tracer is not None:  # counted without gradients too: the second pass has none and cannot tell
-            own = enumerate(floating(tree)) if torch.is_grad_enabled() else ()
-            self._tracer.passed(module, [(i, x) for i, x in own if x.ndim and len(x) == self._batch], leaving=leaving)
+            tensors = floating(tree) if torch.is_grad_enabled() else []
+            dims = self._layout.dims(module, rule_for(module), tensors, self._batch, inputs=not leaving)
+            own = enumerate(zip(tensors, dims, strict=True))
+            fitting = [(i, x, dim) for i, (x, dim) in own if is_batch(x, dim, self._batch)]
+            self._tracer.passed(module, fitting, leaving=leaving)
 
     def _visit(self, stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused:
             return
         if self._before_stage is not None:
-            self._before_stage(stage, self._state((args, kwargs)))
+            self._before_stage(stage, [x.movedim(dim, 0) for x, dim in self._state(stage, (args, kwargs))])
         elif self._current is not None and torch.is_grad_enabled():
+            if rule_for(stage).draws(stage):
+                self._drawn[stage] = rng_states(stage)
             if self._tracer is not None:
                 self._tracer.begins(stage)
             if stage in self._current.visits:
                 return
-            inputs = self._state((args, kwargs))
-            visit = Visit([x.detach() for x in inputs], [None] * len(inputs))
+            state = self._state(stage, (args, kwargs))
+            inputs, dims = [x for x, _ in state], [dim for _, dim in state]
+            moved = [x.detach().movedim(dim, 0) for x, dim in state]
+            visit = Visit(moved, [None] * len(inputs), dims)
             self._current.visits[stage] = visit
             self._tap(self._current, inputs, visit.cotangents)
 
-    def _state(self, tree: Any) -> list[Tensor]:
-        """The floating-point inputs that lead with the batch: others (a bias, a mask) belong to no sample."""
-        return [x for x in floating(tree) if x.ndim and len(x) == self._batch]
+    def _state(self, stage: nn.Module, tree: Any) -> list[tuple[Tensor, int]]:
+        """The floating-point inputs with a dimension that is the batch: others (a bias, a mask) belong to no sample.
+
+        A tensor that is given twice (the query and the key of an attention) is there once, with all its gradient.
+        """
+        inputs = floating(tree)
+        dims = self._layout.dims(stage, rule_for(stage), inputs, self._batch, inputs=True)
+        fitting = [(x, dim) for x, dim in zip(inputs, dims, strict=True) if is_batch(x, dim, self._batch)]
+        return list({id(x): (x, dim) for x, dim in fitting}.values())
 
     def _ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._paused or self._current is None or self._before_stage is not None or not torch.is_grad_enabled():
             return
-        outputs = floating(output)
-        misfit = any(out.ndim < 1 or len(out) != self._current.batch for out in outputs)
-        run = Run(layer, detached(args), detached(kwargs), [None] * len(outputs), misfit)
+        outputs, rule = floating(output), rule_for(layer)
+        dims = self._layout.dims(layer, rule, outputs, self._batch, inputs=False)
+        fits = all(is_batch(out, dim, self._batch) for out, dim in zip(outputs, dims, strict=True))
+        misfit = not fits or not rule.reads(layer, args, kwargs)
+        rng = self._drawn.pop(layer, None)
+        run = Run(layer, detached(args), detached(kwargs), [None] * len(outputs), dims, misfit, rng)
         self._current.runs.append(run)
         if self._tracer is not None:
             self._tracer.ends(layer)
