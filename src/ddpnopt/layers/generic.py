@@ -27,10 +27,12 @@ class GenericRule(LayerRule):
             name: p.detach() for block in blocks for name, p in zip(block.names, block.parameters, strict=True)
         }
         gradients = per_sample_gradients(module, parameters, call)
-        return [
-            DenseColumns(gradients[block.names[0]].flatten(2).unflatten(2, block.matrix(block.parameters).shape))
-            for block in blocks
-        ]
+
+        def columns_of(block: Block) -> Columns:
+            values = gradients[block.names[0]].flatten(2).unflatten(2, block.matrix(block.parameters).shape)
+            return DenseColumns(values.to(torch.promote_types(values.dtype, torch.float32)))
+
+        return [columns_of(block) for block in blocks]
 
 
 def per_sample_gradients(module: nn.Module, parameters: Parameters, call: Call) -> Parameters:
