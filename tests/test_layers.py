@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import CURVATURES
-from ddpnopt import DDPNOpt, Identity
+from ddpnopt import DDPNOpt, Exact, Identity
 from ddpnopt.columns import Columns
 from ddpnopt.layers import Block, Call, rule_for
 from ddpnopt.layers.base import LayerRule
@@ -243,6 +243,42 @@ def test_dropout_masks_and_batch_statistics_are_those_of_the_first_pass() -> Non
     assert torch.equal(torch.get_rng_state(), before_step)
     assert len(seen) == 2
     assert torch.equal(*seen)
+
+
+class Counting(nn.Module):
+    """Keeps a running mean and a count of its own, written in place or replaced."""
+
+    def __init__(self, replaces: bool) -> None:
+        super().__init__()
+        self.replaces, self.scale = replaces, nn.Parameter(torch.ones(4))
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        if self.replaces:
+            self.mean = mean
+        else:
+            self.mean.copy_(mean)
+        return x * self.scale
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+@pytest.mark.parametrize("form", ["plain", "closure"])
+def test_statistics_of_a_module_of_your_own_move_once(replaces: bool, form: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Counting(replaces), nn.Linear(4, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    expected = 0.1 * model[0](x).detach().mean(0)
+    optimizer = DDPNOpt(model, terminal=Exact(nn.CrossEntropyLoss()) if form == "closure" else None)
+    if form == "plain":
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    else:
+        optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))
+    mean = model[1].mean
+    assert isinstance(mean, Tensor)
+    torch.testing.assert_close(mean, expected)
+    assert optimizer.report().rows[1].rule == "generic"
 
 
 def test_report_names_every_parameter_once() -> None:

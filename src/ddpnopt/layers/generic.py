@@ -55,8 +55,9 @@ def per_sample_gradients(module: nn.Module, parameters: Parameters, call: Call) 
         own = iter(rows)
         filled = [next(own) if per_sample else leaf for leaf, per_sample in zip(leaves, batched, strict=True)]
         args, kwargs = pytree.tree_unflatten(filled, spec)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # statistics must not move again
         with torch.enable_grad():
-            out = torch.func.functional_call(module, parameters, args, kwargs)
+            out = torch.func.functional_call(module, {**buffers, **parameters}, args, kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         return [tensors[i] for i in used]
 
