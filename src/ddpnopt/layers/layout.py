@@ -6,21 +6,23 @@ from torch import Tensor, nn
 
 from .base import LayerRule
 
-CONTAINERS = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+LAYERS = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+STACKS = nn.TransformerEncoder | nn.TransformerDecoder
 
 
 class Layout:
     """Layout of a model's tensors, from modules' settings, from rules, and from shapes where these leave a choice.
 
-    Torch's transformer layers with ``batch_first=False`` have the batch second in every layer inside. Elsewhere in a
-    model with such modules, a layer that does the same at every position has the batch second if the first dimension
-    is not as long as the batch.
+    Torch's transformers with ``batch_first=False`` have the batch second in every layer inside. Elsewhere in a model
+    with such modules, a layer that does the same at every position has the batch second if the first dimension is
+    not as long as the batch.
     """
 
     def __init__(self, model: nn.Module):
         sequence_first = [m for m in model.modules() if not getattr(m, "batch_first", True)]
-        holders = [m for m in model.modules() if isinstance(m, CONTAINERS) and not m.self_attn.batch_first]
-        self._second = {inner for holder in holders for inner in holder.modules()}
+        holders = [m for m in model.modules() if isinstance(m, LAYERS) and not m.self_attn.batch_first]
+        stacks = [m for m in model.modules() if isinstance(m, STACKS) and m.layers and m.layers[0] in holders]
+        self._second = {inner for holder in [*holders, *stacks] for inner in holder.modules()}
         self._either = bool(sequence_first)
 
     def dims(
@@ -30,7 +32,7 @@ class Layout:
         sides = rule.batch_dims(module)
         given = sides.inputs if inputs else sides.outputs
         dims = [given[min(i, len(given) - 1)] for i in range(len(tensors))]
-        if isinstance(module, CONTAINERS) and module in self._second:
+        if isinstance(module, LAYERS | STACKS) and module in self._second:
             return [int(x.ndim > 2) for x in tensors]
         if not rule.positionwise(module):
             return dims
