@@ -18,12 +18,11 @@ from .columns import Columns, DenseColumns
 from .curvature import Curvature
 from .curvature.base import State
 from .dense import Dense, sweep
-from .joined import joined
 from .layers import Block
-from .linearise import Linearised, TerminalValue, columns_of, later_columns, linearise
+from .linearise import Linearised, TerminalValue, columns_of, joined, linearise
 from .network import Layer, Network, Stage, matrix_of
 from .passes import Pass, floating
-from .rollout import Later, forward_pass
+from .rollout import Later, forward_pass, later_columns, restore_overwritten
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .value import BatchPolicy, BatchValue, SampleValue
@@ -154,6 +153,8 @@ def closed_loop(task: Task) -> Outcome:
     blocks: dict[Stage, list[tuple[Block, Columns]]] = {}
     if task.passes and task.recorder is not None:
         linearised, end = task.linearised(task.terminal)
+        for one in linearised:
+            restore_overwritten(one.recorded, task.recorder)
         if isinstance(task.coupling, Dense):
             with task.recorder.paused():
                 one, blocks, policies = sweep(
