@@ -1,6 +1,7 @@
 """Networks that are no chains: a step with the whole state's deviation against dense DDP on that state."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -73,8 +74,13 @@ def flat_functions(case: GraphCase, layers: list[Layer]) -> list[reference.Funct
 
 
 def layers_of(case: GraphCase, optimizer: DDPNOpt) -> list[Layer]:
-    by_name = {layer.name: layer for layer in optimizer._network.layers}
+    """Layers in the order they run, each with the tied blocks of which it is the first owner."""
+    network = optimizer._network
+    by_name = {layer.name: layer for layer in network.layers}
     assert by_name.keys() == case.steps.keys()
+    for x in network.tied:
+        first = by_name[x.owners[0].name]
+        by_name[first.name] = replace(first, blocks=(*first.blocks, x.block))
     return [by_name[name] for name in case.steps]
 
 

@@ -108,11 +108,23 @@ class Tracer:
             runs_of[run.layer].append(i)
         order = {stage: t for t, stage in enumerate(self._cuts)}
         several = [layer for layer, places in runs_of.items() if len(places) > 1]
+        owners: dict[Any, list[nn.Module]] = defaultdict(list)
+        for layer in runs_of:
+            for p in layer._parameters.values():
+                owners[p].append(layer)
+        moves = {  # when a parameter of several layers moves: at the first of their cuts
+            p: min(order.get(layer, len(order)) for layer in own) for p, own in owners.items() if len(own) > 1
+        }
+        sharing = [layer for layer in runs_of if not moves.keys().isdisjoint(layer._parameters.values())]
         for t, (stage, cut) in enumerate(self._cuts.items()):
             later: dict[int, frozenset[Any] | None] = {}
-            for layer in dict.fromkeys([*several, *self._open[t]]):
+            for layer in dict.fromkeys([*several, *sharing, *self._open[t]]):
                 after = [i for i in runs_of[layer] if i >= self._finished[t]]
-                if layer is stage or order.get(layer, t) >= t or not after:
+                if not after:
+                    continue
+                if order.get(layer, t) >= t:  # it has not moved, but what it shares may have
+                    moved = frozenset(p for p in layer._parameters.values() if moves.get(p, t) < t)
+                    later |= dict.fromkeys(after, moved) if moved else {}
                     continue
                 later |= dict.fromkeys(after)
                 if layer in self._open[t]:
