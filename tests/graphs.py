@@ -331,6 +331,52 @@ def recurrent() -> GraphCase:
     return GraphCase(model, torch.randn(4, 3, 3), steps)
 
 
+def tied() -> GraphCase:
+    """Two layers with one weight, each with a bias of its own; the weight moves with the first."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(net.mid(torch.tanh(net.a(torch.tanh(net.stem(x))))))
+        out: Tensor = net.head(torch.tanh(net.b(h)) + h)
+        return out
+
+    def a(f: Any, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.tanh(f(x)), f.args[1][4:]  # of the flat control: the layer's own bias, then what it shares
+
+    def b(f: Any, h: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        return (torch.tanh(u.view(4, 4) @ h + f.args[1]) + h,)
+
+    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    other.weight = one.weight
+    model = Net(run, stem=nn.Linear(3, 4), a=one, mid=nn.Linear(4, 4), b=other, head=nn.Linear(4, 3))
+    steps: dict[str, Step] = {
+        "stem": lambda f, x: (torch.tanh(f(x)),),
+        "a": a,
+        "mid": lambda f, h, u: (torch.tanh(f(h)), u),
+        "b": b,
+        "head": lambda f, x: (f(x),),
+    }
+    return GraphCase(model, torch.randn(4, 3), steps)
+
+
+def late() -> GraphCase:
+    """A tensor that a module takes only after the cut where it first lives."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        h = torch.sin(net.stem(x))
+        y = net.a(h * h)
+        out: Tensor = net.head(y + net.b(h))
+        return out
+
+    model = Net(run, stem=nn.Linear(3, 4), a=nn.Linear(4, 4), b=nn.Linear(4, 4), head=nn.Linear(4, 3))
+    steps: dict[str, Step] = {
+        "stem": lambda f, x: (f(x), torch.sin(f(x)).square()),
+        "a": lambda f, s, n: (f(n), torch.sin(s)),
+        "b": lambda f, y, h: (y + f(h),),
+        "head": lambda f, x: (f(x),),
+    }
+    return GraphCase(model, torch.randn(4, 3), steps)
+
+
 class Scaled(nn.Module):
     """A residual block with a scale of its own, used after the layers inside."""
 
@@ -407,10 +453,12 @@ GRAPHS: dict[str, Callable[[], GraphCase]] = {
     "free stream": free_stream,
     "shared": shared,
     "recurrent": recurrent,
+    "late": late,
 }
 
 OTHERS: dict[str, Callable[[], GraphCase]] = {
     "scaled": scaled,
+    "tied": tied,
     "tuple": lambda: _two_outputs(Outputs),
     "dictionary": lambda: _two_outputs(dict),
     "dataclass": lambda: _two_outputs(Record),

@@ -1,8 +1,9 @@
 """Networks that are no chains: a step with the whole state's deviation against dense DDP on that state."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from ddpnopt.curvature import Curvature
 from ddpnopt.network import Layer
 from graphs import GRAPHS, OTHERS, GraphCase, Step
 
-LR = 0.3
+LR = {"batch": 0.3, "sample": 0.01}  # the paper's form diverges at the larger one
+Coupling = Literal["batch", "sample"]
 Form = Callable[[DDPNOpt, Callable[[], Tensor]], Any]
 
 
@@ -35,14 +37,16 @@ def controls(layers: list[Layer]) -> list[Tensor]:
     return [torch.cat(of_layer) for of_layer in matrices]
 
 
-def frozen_R(optimizer: DDPNOpt, layers: list[Layer], curvature: Curvature) -> list[Tensor]:
-    found = []
+def frozen_R(optimizer: DDPNOpt, layers: list[Layer], curvature: Curvature, coupling: Coupling) -> list[Tensor]:
+    found, lr = [], LR[coupling]
     for layer in layers:
         dense = []
         for block in layer.blocks:
             out, fan_in = block.matrix(block.parameters).shape
             state = optimizer.state.get(block.parameters[0], {})
-            dense.append(curvature.inverse(state, curvature.ridge(LR, 0.0, batch=True)).to_dense(out, fan_in) / LR)
+            dense.append(
+                curvature.inverse(state, curvature.ridge(lr, 0.0, batch=coupling == "batch")).to_dense(out, fan_in) / lr
+            )
         found.append(torch.block_diag(*dense))
     return found
 
@@ -73,8 +77,13 @@ def flat_functions(case: GraphCase, layers: list[Layer]) -> list[reference.Funct
 
 
 def layers_of(case: GraphCase, optimizer: DDPNOpt) -> list[Layer]:
-    by_name = {layer.name: layer for layer in optimizer._network.layers}
+    """Layers in the order they run, each with the tied blocks of which it is the first owner."""
+    network = optimizer._network
+    by_name = {layer.name: layer for layer in network.layers}
     assert by_name.keys() == case.steps.keys()
+    for x in network.tied:
+        first = by_name[x.owners[0].name]
+        by_name[first.name] = replace(first, blocks=(*first.blocks, x.block))
     return [by_name[name] for name in case.steps]
 
 
@@ -94,7 +103,13 @@ def batch_loss(output: Any, target: Tensor) -> Tensor:
 
 
 def one_step(
-    make: Callable[[], GraphCase], curvature: str, terminal: str, form: Form, *, own_input: bool = False
+    make: Callable[[], GraphCase],
+    curvature: str,
+    terminal: str,
+    form: Form,
+    *,
+    own_input: bool = False,
+    coupling: Coupling = "batch",
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Controls before and after a step, and those that the dense reference has after it."""
     torch.manual_seed(7)
@@ -105,7 +120,7 @@ def one_step(
     criterion = nn.CrossEntropyLoss()
     end = {"gradient": Gradient(), "exact": Exact(criterion)}[terminal]
     stages = list(case.steps) if own_input else None
-    optimizer = DDPNOpt(case.model, LR, curvature=M, terminal=end, stages=stages)
+    optimizer = DDPNOpt(case.model, LR[coupling], curvature=M, terminal=end, stages=stages, coupling=coupling)
     layers = layers_of(case, optimizer)
     y = torch.arange(len(case.x)) % 3
     before = controls(layers)
@@ -120,8 +135,8 @@ def one_step(
         return criterion(output, y) if terminal == "exact" else batch_loss(output, y)
 
     form(optimizer, loss)
-    R = frozen_R(optimizer, layers, M)
-    expected = reference.dense_step(functions, before, case.x.flatten(1), wanted, R=R)
+    R = frozen_R(optimizer, layers, M, coupling)
+    expected = reference.dense_step(functions, before, case.x.flatten(1), wanted, R=R, coupling=coupling)
     return before, controls(layers), expected.controls
 
 
@@ -140,6 +155,14 @@ def test_one_step_is_the_dense_reference(graph: str, terminal: str, curvature: s
     error = torch.cat([w - n for w, n in zip(expected, own, strict=True)])
     print(f"{graph}, {terminal}, {curvature}: step {move.norm():.3g}, own input only {error.norm():.2g}")
     assert error.norm() > 1e-3 * move.norm()
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_papers_form_too(graph: str) -> None:
+    before, new, expected = one_step(GRAPHS[graph], "identity", "gradient", backward_then_step, coupling="sample")
+    for old, moved, wanted in zip(before, new, expected, strict=True):
+        assert (wanted - old).norm() > 1e-6
+        torch.testing.assert_close(moved, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", OTHERS)

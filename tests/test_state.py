@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ddpnopt import DDPNOpt, Exact, Gradient, Identity, Matched
 from ddpnopt.network import is_chain
 from ddpnopt.terminal import Terminal
-from graphs import GRAPHS, Net
+from graphs import GRAPHS, OTHERS, Net
 
 
 def trained(
@@ -167,12 +167,12 @@ def test_networks_as_people_write_them(make: Callable[[], nn.Module], autocast: 
     assert sum(losses[-4:]) / 4 < losses[0]  # dropout makes single ones jump
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("graph", [*GRAPHS, "scaled", "tied"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_micro_batches_are_the_batch(graph: str, exact: bool) -> None:
     def weights(parts: int) -> list[Tensor]:
         torch.manual_seed(3)
-        case = GRAPHS[graph]()
+        case = (GRAPHS | OTHERS)[graph]()
         x = torch.randn(6, *case.x.shape[1:])
         criterion = nn.CrossEntropyLoss()
         optimizer = DDPNOpt(case.model, 0.3, curvature=Identity(), terminal=Exact(criterion) if exact else Gradient())
@@ -354,11 +354,29 @@ class Twice(nn.Module):
         return out
 
 
-def test_a_parameter_used_before_and_after_a_layer_inside() -> None:
-    model = Net(
-        lambda net, x: net.head(net.twice(net.stem(x))), stem=nn.Linear(3, 4), twice=Twice(), head=nn.Linear(4, 3)
-    )
-    with pytest.warns(UserWarning, match="twice.inner, Linear: .*a parameter of the Twice around it"):
+class Past(Twice):
+    """The same, used before the layer inside, in a tensor that runs past it and that no module sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        past = self.weight * x
+        out: Tensor = past + torch.tanh(self.inner(x))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (Twice, "a parameter of the Twice around it"),
+        (Past, "on a layer that has moved through a tensor that no module"),
+    ],
+)
+def test_a_parameter_around_a_layer_that_cannot_be_told_apart(block: type[Twice], reason: str) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        out: Tensor = net.head(net.block(net.stem(x)))
+        return out
+
+    model = Net(run, stem=nn.Linear(3, 4), block=block(), head=nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match=f"block.inner, Linear: .*{reason}"):
         trained(model, torch.randn(5, 3), steps=1)
 
 

@@ -118,7 +118,8 @@ def _not_in_columns(network: Network, passes: Sequence[Pass]) -> list[nn.Paramet
     unread = {layer.module for layer in network.layers if layer.rule.name == "generic"}
     unread |= {run.layer for p in passes for run in p.runs if run.misfit or run.stray}
     inside = chain.from_iterable(layer.blocks for layer in network.layers if layer.module in unread)
-    blocks = chain((loose.block for loose in network.loose), inside)
+    tied = (x.block for x in network.tied if not unread.isdisjoint(owner.module for owner in x.owners))
+    blocks = chain((loose.block for loose in network.loose), tied, inside)
     return [p for block in blocks for p in block.parameters]
 
 

@@ -1,9 +1,9 @@
 """From recorded passes to what the backward pass over stages reads: columns everywhere, and the loss's value."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 from .columns import Columns, over_batches, over_uses
 from .conditions import redrawn
 from .errors import StepError
-from .layers import Block, Call
+from .layers import Call
 from .network import Layer
-from .passes import Pass, Place, Run
-from .state import Boundary
+from .passes import Pass, Run, Visit
+from .state import joined_state
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
@@ -104,13 +104,9 @@ def linearise(
         with recorder.muted(), torch.enable_grad():
             scales = [_scale(p, terminal, loss, share(p)) for p in passes]
         linearised = [Linearised(p, scale * (per_weight / loss_scale)) for p, scale in zip(passes, scales, strict=True)]
-        for p in passes:
-            _restore_overwritten(p, recorder)
         return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
     assert isinstance(terminal, Factored)
     pulled = [_pulled(p, terminal, recorder, loss, step, share(p)) for p in passes]
-    for again, *_ in pulled:
-        _restore_overwritten(again, recorder)
     count, root = pulled[0][1], 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
     a = torch.zeros(count, batch, dtype=torch.float64, device=pulled[0][2])
     a[-1] = root
@@ -229,27 +225,44 @@ def _pulled(
     return again, len(factor), factor.device
 
 
-def _restore_overwritten(recorded: Pass, recorder: Recorder) -> None:
-    """Bring back nominal values of the state that were written into in place, by one more forward pass.
+def joined(parts: Sequence[Linearised]) -> Linearised | None:
+    """Several passes as one, batches side by side; ``None`` if their arguments do not stack."""
+    if len(parts) == 1:
+        return parts[0]
+    passes = [part.recorded for part in parts]
+    trees = [pytree.tree_flatten((p.args, p.kwargs)) for p in passes]
+    stacked = []
+    for leaves in zip(*(tree[0] for tree in trees), strict=True) if len({str(tree[1]) for tree in trees}) == 1 else ():
+        if not all(
+            isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == p.batch
+            for leaf, p in zip(leaves, passes, strict=True)
+        ):
+            return None
+        if len({leaf.shape[1:] for leaf in leaves}) > 1:
+            return None
+        stacked.append(torch.cat(leaves))
+    if not stacked or len({tuple(p.visits) for p in passes}) > 1:
+        return None
+    args, kwargs = pytree.tree_unflatten(stacked, trees[0][1])
+    whole = replace(passes[0], args=args, kwargs=kwargs, batch=sum(p.batch for p in passes))
+    columns = parts[0].scale is None
+    whole.visits = {i: _joined_visit([p.visits[i] for p in passes], columns) for i in passes[0].visits}
+    states = [p.state for p in passes if p.state is not None]
+    whole.state = joined_state(states, columns) if len(states) == len(passes) else None
+    if states and whole.state is None:
+        return None
+    return Linearised(
+        whole, None if parts[0].scale is None else torch.cat([p.scale for p in parts if p.scale is not None])
+    )
 
-    Later passes keep copies, so that this happens once.
-    """
-    live = [x for there in recorded.state.live.values() for x in there] if recorded.state is not None else []
-    lost = {x.place for x in live if x.value._version != x.version}
-    if not lost:
-        return
-    recorder.overwritten |= lost
-    values: dict[Place, Tensor] = {}
 
-    def at_boundary(boundary: Boundary, tensors: list[Tensor]) -> None:
-        for i, tensor in enumerate(tensors):
-            if (place := Place(*boundary, i)) in lost:
-                values[place] = tensor.clone()
-
-    recorder.replay(recorded, lambda *_: None, at_boundary)
-    for x in live:
-        if x.place in values:
-            x.value, x.version = values[x.place], values[x.place]._version
+def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
+    inputs = [torch.cat(xs) for xs in zip(*(v.inputs for v in visits), strict=True)]
+    cotangents = [
+        None if any(c is None for c in cs) else torch.cat([c for c in cs if c is not None], dim + int(columns))
+        for dim, *cs in zip(visits[0].dims, *(v.cotangents for v in visits), strict=True)
+    ]
+    return Visit(inputs, cotangents, visits[0].dims)
 
 
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:
@@ -261,34 +274,13 @@ def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] 
     runs = [[run for run in one.recorded.runs if run.layer is layer.module] for one in linearised]
     if any(run.misfit or run.stray for part in runs for run in part):
         return None
-    return _columns_of_runs(layer, linearised, runs)
+    return columns_of_runs(layer, linearised, runs)
 
 
-def later_columns(
-    layer: Layer, linearised: Sequence[Linearised], trained: Collection[Block]
-) -> dict[nn.Module, list[tuple[Block, Columns]]]:
-    """By stage, the columns of the runs of a layer that follow the stage's cut, where the layer has moved before it.
-
-    Args:
-        layer: the layer.
-        linearised: passes with the same states.
-        trained: the blocks that move.
-    """
-    found: dict[nn.Module, list[tuple[Block, Columns]]] = {}
-    state = linearised[0].recorded.state
-    for stage, later in state.later.items() if state is not None else ():
-        own = {i: used for i, used in later.items() if linearised[0].recorded.runs[i].layer is layer.module}
-        for i, block in enumerate(layer.blocks):
-            after = [n for n, used in own.items() if used is None or used.issuperset(block.parameters)]
-            runs = [[one.recorded.runs[n] for n in after] for one in linearised]
-            if after and block in trained and (columns := _columns_of_runs(layer, linearised, runs)) is not None:
-                found.setdefault(stage, []).append((block, columns[i]))
-    return found
-
-
-def _columns_of_runs(
+def columns_of_runs(
     layer: Layer, linearised: Sequence[Linearised], runs: Sequence[Sequence[Run]]
 ) -> list[Columns] | None:
+    """The same over some runs of each pass; ``None`` if no gradient reached any."""
     parts: list[list[Columns] | None] = []
     for one, own in zip(linearised, runs, strict=True):
         calls = [

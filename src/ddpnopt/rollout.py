@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,60 @@ from torch import Tensor, nn
 from .bellman import StagePolicy
 from .columns import Columns
 from .layers import Block
-from .linearise import Linearised
-from .network import Stage, matrix_of
-from .passes import signed_sum
+from .linearise import Linearised, columns_of_runs
+from .network import Layer, Stage, matrix_of
+from .passes import Pass, Place, floating, signed_sum
 from .state import Boundary
 from .trajectory import Recorder
 
 Apply = Callable[[Stage, Tensor, Tensor | None], None]
 Later = Mapping[nn.Module, Sequence[tuple[Block, Columns]]]
 """By stage, blocks with the columns of their runs after the stage's cut."""
+
+
+def restore_overwritten(recorded: Pass, recorder: Recorder) -> None:
+    """Bring back nominal values of the state that were written into in place, by one more forward pass.
+
+    Later passes keep copies, so that this happens once.
+    """
+    live = [x for there in recorded.state.live.values() for x in there] if recorded.state is not None else []
+    lost = {x.place for x in live if x.value._version != x.version}
+    if not lost:
+        return
+    recorder.overwritten |= lost
+    values: dict[Place, Tensor] = {}
+
+    def at_boundary(boundary: Boundary, passed: Any) -> None:
+        for i, tensor in enumerate(floating(passed)):
+            if (place := Place(*boundary, i)) in lost:
+                values[place] = tensor.clone()
+
+    recorder.replay(recorded, lambda *_: None, at_boundary)
+    for x in live:
+        if x.place in values:
+            x.value, x.version = values[x.place], values[x.place]._version
+
+
+def later_columns(
+    layer: Layer, linearised: Sequence[Linearised], trained: Collection[Block]
+) -> dict[nn.Module, list[tuple[Block, Columns]]]:
+    """By stage, the columns of the runs of a layer that follow the stage's cut, where the layer has moved before it.
+
+    Args:
+        layer: the layer.
+        linearised: passes with the same states.
+        trained: the blocks that move.
+    """
+    found: dict[nn.Module, list[tuple[Block, Columns]]] = {}
+    state = linearised[0].recorded.state
+    for stage, later in state.later.items() if state is not None else ():
+        own = {i: used for i, used in later.items() if linearised[0].recorded.runs[i].layer is layer.module}
+        for i, block in enumerate(layer.blocks):
+            after = [n for n, used in own.items() if used is None or used.issuperset(block.parameters)]
+            runs = [[one.recorded.runs[n] for n in after] for one in linearised]
+            if after and block in trained and (columns := columns_of_runs(layer, linearised, runs)) is not None:
+                found.setdefault(stage, []).append((block, columns[i]))
+    return found
 
 
 def forward_pass(
@@ -72,11 +117,12 @@ class _Deviation:
         for there in self._state.live.values() if self._state is not None else ():
             self._missing.update(stage for live in there for stage in live.stages)
 
-    def measure(self, boundary: Boundary, tensors: list[Tensor]) -> None:
+    def measure(self, boundary: Boundary, passed: Any) -> None:
         """Add the parts of the tensors that pass a module's boundary now."""
-        if self._state is None:
+        if self._state is None or boundary not in self._state.live:
             return
-        for live in self._state.live.get(boundary, ()):
+        tensors = floating(passed)
+        for live in self._state.live[boundary]:
             index = live.place.index
             if index >= len(tensors) or tensors[index].shape != live.value.shape:
                 continue

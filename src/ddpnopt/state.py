@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .cuts import Cut, Graph, Key, read_graph, states_at
 from .hooks import Taps
-from .passes import Live, Place, Run, State
+from .passes import Live, Place, Run, State, signed_sum
 
 Boundary = tuple[nn.Module, bool, int]
 
@@ -107,11 +108,23 @@ class Tracer:
             runs_of[run.layer].append(i)
         order = {stage: t for t, stage in enumerate(self._cuts)}
         several = [layer for layer, places in runs_of.items() if len(places) > 1]
+        owners: dict[Any, list[nn.Module]] = defaultdict(list)
+        for layer in runs_of:
+            for p in layer._parameters.values():
+                owners[p].append(layer)
+        moves = {  # when a parameter of several layers moves: at the first of their cuts
+            p: min(order.get(layer, len(order)) for layer in own) for p, own in owners.items() if len(own) > 1
+        }
+        sharing = [layer for layer in runs_of if not moves.keys().isdisjoint(layer._parameters.values())]
         for t, (stage, cut) in enumerate(self._cuts.items()):
             later: dict[int, frozenset[Any] | None] = {}
-            for layer in dict.fromkeys([*several, *self._open[t]]):
+            for layer in dict.fromkeys([*several, *sharing, *self._open[t]]):
                 after = [i for i in runs_of[layer] if i >= self._finished[t]]
-                if layer is stage or order.get(layer, t) >= t or not after:
+                if not after:
+                    continue
+                if order.get(layer, t) >= t:  # it has not moved, but what it shares may have
+                    moved = frozenset(p for p in layer._parameters.values() if moves.get(p, t) < t)
+                    later |= dict.fromkeys(after, moved) if moved else {}
                     continue
                 later |= dict.fromkeys(after)
                 if layer in self._open[t]:
@@ -142,3 +155,33 @@ class Tracer:
         uses = {p: [n for n in graph.leaves.get(p, ()) if start <= n < end] for p in layer._parameters.values()}
         after = frozenset(p for p, numbers in uses.items() if any(n >= cut.number for n in numbers))
         return None if any(n < cut.number for p in after for n in uses[p]) else after
+
+
+def joined_state(states: Sequence[State], columns: bool) -> State | None:
+    """``None`` if not the same tensors live at the cuts of all passes."""
+    first = states[0]
+
+    def joined_live(same: Sequence[Live], slot: int) -> Live | None:
+        if len({(x.place, x.dim, x.terms, x.stages) for x in same}) > 1:
+            return None
+        return replace(same[0], value=torch.cat([x.value for x in same], same[0].dim), terms=((slot, 1),))
+
+    whole = replace(first, live={}, cotangents=[])
+    for state in states[1:]:
+        if (state.live.keys(), state.later, state.lost) != (first.live.keys(), first.later, first.lost):
+            return None
+    for boundary in first.live:
+        there = [state.live[boundary] for state in states]
+        if len({len(live) for live in there}) > 1:
+            return None
+        for same in zip(*there, strict=True):
+            live = joined_live(same, len(whole.cotangents))
+            if live is None:
+                return None
+            parts = [signed_sum(state.cotangents, x.terms) for state, x in zip(states, same, strict=True)]
+            present = [p for p in parts if p is not None]
+            whole.cotangents.append(
+                torch.cat(present, same[0].dim + int(columns)) if len(present) == len(parts) else None
+            )
+            whole.live.setdefault(boundary, []).append(live)
+    return whole

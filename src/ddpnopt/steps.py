@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .bellman import BlockTerms, StagePolicy, backward_pass, size
-from .columns import Columns, DenseColumns
+from .columns import Columns, DenseColumns, over_uses
 from .curvature import Curvature
 from .curvature.base import State
 from .dense import Dense, sweep
-from .joined import joined
 from .layers import Block
-from .linearise import Linearised, TerminalValue, columns_of, later_columns, linearise
-from .network import Layer, Network, Stage, matrix_of
+from .linearise import Linearised, TerminalValue, columns_of, joined, linearise
+from .network import Layer, Network, Stage, Tied, matrix_of
 from .passes import Pass, floating
-from .rollout import Later, forward_pass
+from .rollout import Later, forward_pass, later_columns, restore_overwritten
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .value import BatchPolicy, BatchValue, SampleValue
@@ -90,7 +89,8 @@ class Task:
 
     def blocks(self) -> list[Block]:
         """Of layers and loose parameters, all."""
-        return [b for layer in self.network.layers for b in layer.blocks] + [x.block for x in self.network.loose]
+        inside = [b for layer in self.network.layers for b in layer.blocks]
+        return inside + [x.block for x in self.network.tied] + [x.block for x in self.network.loose]
 
 
 @dataclass
@@ -120,6 +120,8 @@ def open_loop(task: Task) -> Outcome:
         linearised, _ = task.linearised(Gradient(task.terminal.reduction))
         for layer in task.network.layers:
             columns |= {block.parameters[0]: c for block, c in _read(task, layer, linearised, outcome)}
+        for tied in task.network.tied:
+            columns |= {block.parameters[0]: c for block, c in _read_tied(task, tied, linearised, outcome)}
     for block in task.blocks():
         gradient = task.gradient(block)
         if gradient is None:
@@ -154,6 +156,8 @@ def closed_loop(task: Task) -> Outcome:
     blocks: dict[Stage, list[tuple[Block, Columns]]] = {}
     if task.passes and task.recorder is not None:
         linearised, end = task.linearised(task.terminal)
+        for one in linearised:
+            restore_overwritten(one.recorded, task.recorder)
         if isinstance(task.coupling, Dense):
             with task.recorder.paused():
                 one, blocks, policies = sweep(
@@ -203,13 +207,20 @@ def _blocks_by_stage(
 ) -> dict[Stage, list[tuple[Block, Columns]]]:
     """Blocks with their columns, by stage, in the order the stages ran."""
     stage_of = {stage.module: stage for stage in task.network.stages}
-    visited = dict.fromkeys(module for one in linearised for module in one.recorded.visits)
+    visited = list(dict.fromkeys(module for one in linearised for module in one.recorded.visits))
     ran = [stage_of[module] for module in visited if module in stage_of]
+    tied_at: dict[nn.Module, list[Tied]] = {}  # a tied parameter moves with the first of its owners
+    for tied in task.network.tied:
+        owners = {owner.module for owner in tied.owners}
+        for first in [module for module in visited if module in owners][:1]:
+            tied_at.setdefault(first, []).append(tied)
     found = {}
     for stage in ran:
         pairs = []
-        for index in stage.layers:
-            pairs += _read(task, task.network.layers[index], linearised, outcome)
+        for layer in (task.network.layers[index] for index in stage.layers):
+            pairs += _read(task, layer, linearised, outcome)
+            for tied in tied_at.get(layer.module, ()):
+                pairs += _read_tied(task, tied, linearised, outcome)
         if pairs:
             found[stage] = pairs
     return found
@@ -233,6 +244,20 @@ def _read(task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: O
     return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
 
 
+def _read_tied(
+    task: Task, tied: Tied, linearised: Sequence[Linearised], outcome: Outcome
+) -> list[tuple[Block, Columns]]:
+    """The same of a parameter of several layers: all their columns, or none."""
+    modules = {owner.module for owner in tied.owners}
+    runs = [run for one in linearised for run in one.recorded.runs if run.layer in modules]
+    if any(run.misfit or run.stray for run in runs):
+        return []
+    uses = [columns for owner in tied.owners for _, columns in _read(task, owner, linearised, outcome)]
+    if not uses or any(owner.name in outcome.refused for owner in tied.owners):
+        return []
+    return [(tied.block, over_uses(uses))]
+
+
 def _later(
     task: Task, linearised: Sequence[Linearised], blocks: Mapping[Stage, Sequence[tuple[Block, Columns]]]
 ) -> dict[Stage, Later]:
@@ -241,9 +266,17 @@ def _later(
     found: dict[Stage, Later] = {}
     with task.recorder.paused():
         for stage, pairs in blocks.items():
-            if linearised[0].recorded.state is not None:
-                (index,) = stage.layers
-                found[stage] = later_columns(task.network.layers[index], linearised, [block for block, _ in pairs])
+            if linearised[0].recorded.state is None:
+                continue
+            moving = {block for block, _ in pairs}
+            layers = [task.network.layers[index] for index in stage.layers]
+            owners = [owner for tied in task.network.tied if tied.block in moving for owner in tied.owners]
+            moving |= {block for owner in owners for block in owner.blocks}
+            of_stage: dict[nn.Module, list[tuple[Block, Columns]]] = {}
+            for layer in (*layers, *owners):
+                for later, own in later_columns(layer, linearised, moving).items():
+                    of_stage.setdefault(later, []).extend(own)
+            found[stage] = of_stage
     return found
 
 

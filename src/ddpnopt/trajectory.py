@@ -24,7 +24,7 @@ from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, versions
 from .state import Boundaries, Boundary, Tracer
 
 BeforeStage = Callable[[nn.Module, list[Tensor]], None]
-AtBoundary = Callable[[Boundary, list[Tensor]], None]
+AtBoundary = Callable[[Boundary, Any], None]
 
 
 class Recorder:
@@ -136,7 +136,7 @@ class Recorder:
     def replay(self, recorded: Pass, before_stage: BeforeStage, at_boundary: AtBoundary | None = None) -> Any:
         """Run the model again on a pass's inputs, same dropout masks, buffers restored; returns its output.
 
-        ``before_stage(module, inputs)`` is called before each stage's runs, ``at_boundary(boundary, tensors)`` at every
+        ``before_stage(module, inputs)`` is called before each stage's runs, ``at_boundary(boundary, values)`` at every
         module's entry and exit, where the recorder looks at the whole state.
         """
         with self._as_recorded(recorded), torch.no_grad():
@@ -235,7 +235,7 @@ class Recorder:
         if self._paused:
             return
         if self._at_boundary is not None:
-            self._at_boundary(self._boundaries.passed(module, leaving=leaving), floating(tree))
+            self._at_boundary(self._boundaries.passed(module, leaving=leaving), tree)
         elif self._tracer is not None:  # counted without gradients too: the second pass has none and cannot tell
             tensors = floating(tree) if torch.is_grad_enabled() else []
             dims = self._layout.dims(module, rule_for(module), tensors, self._batch, inputs=not leaving)

@@ -32,7 +32,7 @@ class Layout:
         sides = rule.batch_dims(module)
         given = sides.inputs if inputs else sides.outputs
         dims = [given[min(i, len(given) - 1)] for i in range(len(tensors))]
-        if isinstance(module, LAYERS | STACKS) and module in self._second:
+        if module in self._second and (isinstance(module, LAYERS | STACKS) or rule.name == "generic"):
             return [int(x.ndim > 2) for x in tensors]
         if not rule.positionwise(module):
             return dims
