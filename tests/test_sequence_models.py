@@ -276,9 +276,9 @@ def test_a_small_step_follows_the_gradient_dropout_included(kind: str, form: str
 
 
 class Packed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, first: bool) -> None:
         super().__init__()
-        self.body, self.head = nn.GRU(3, 5, batch_first=True), nn.Linear(5, 3)
+        self.body, self.head = nn.GRU(3, 5, batch_first=first), nn.Linear(5, 3)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
@@ -286,9 +286,10 @@ class Packed(nn.Module):
         return out
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("form", ["plain", "closure"])
-def test_packed_sequences_follow_the_batch_and_say_so(form: str) -> None:
-    model, x, y = Packed(), torch.randn(5, 4, 3), torch.randint(3, (5,))
+def test_packed_sequences_follow_the_batch_and_say_so(form: str, first: bool) -> None:
+    model, x, y = Packed(first), torch.randn(5, 4, 3), torch.randint(3, (5,))
     lengths = torch.tensor([4, 2, 3, 1, 4])
     optimizer = DDPNOpt(model, 0.05)
     losses = []
