@@ -216,7 +216,7 @@ def test_a_shared_parameter_gets_the_gradient_of_both_owners(form: str) -> None:
         optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))
     torch.testing.assert_close((start - model.embed.weight.detach()) / 1e-7, expected, rtol=1e-4, atol=1e-6)
     (row,) = optimizer.report().rows
-    assert row.rule == "generic + linear"
+    assert row.rule == "embedding + linear"
     assert "shared" in row.why
 
 

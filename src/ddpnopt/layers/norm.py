@@ -58,6 +58,7 @@ def normalised(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     mean, var = (None, None) if own else (module.running_mean, module.running_var)
     if isinstance(module, _InstanceNorm):
         return F.instance_norm(x, mean, var, use_input_stats=own, eps=module.eps)
+    mean, var = (m if m is None else m.to(x.dtype) for m in (mean, var))
     return F.batch_norm(x, mean, var, training=own, eps=module.eps)
 
 
