@@ -11,11 +11,16 @@ from .linearise import Linearised
 from .network import Stage
 from .trajectory import Recorder
 
-Apply = Callable[[Stage, Tensor, Tensor | None], None]
+Apply = Callable[[Stage, StagePolicy, Tensor], None]
+Meet = Callable[[Stage, tuple[Any, ...], Mapping[str, Any]], StagePolicy]
 
 
 def forward_pass(
-    recorder: Recorder, linearised: Linearised | None, policies: Mapping[Stage, StagePolicy], apply: Apply
+    recorder: Recorder,
+    linearised: Linearised | None,
+    policies: Mapping[Stage, StagePolicy],
+    apply: Apply,
+    meet: Meet | None = None,
 ) -> Any:
     """Run the model again, moving each stage's weights just before it runs; returns the model's new output.
 
@@ -23,20 +28,25 @@ def forward_pass(
         recorder: runs the model again.
         linearised: the nominal pass and its columns; ``None``: no second pass, every stage moves open loop.
         policies: of the stages that move.
-        apply: called as ``apply(stage, weights [R, B], r [R, B] or None)``; moves the stage's weights.
+        apply: called as ``apply(stage, policy, weights [R, B])``; moves the stage's weights.
+        meet: called as ``meet(stage, args, kwargs)`` before a stage whose input has moved; gives the policy to follow
+            instead.
     """
     left = {stage.module: stage for stage in policies}
     output = None
     if linearised is not None:
 
-        def before_stage(module: nn.Module, inputs: list[Tensor]) -> None:
+        def before_stage(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module in left:
                 stage = left.pop(module)
-                r = linearised.deviation(module, inputs, stage.name)
-                apply(stage, policies[stage].policy.weights(r), r)
+                policy = policies[stage]
+                r = linearised.deviation(module, recorder.state((args, kwargs)), stage.name)
+                if meet is not None and r is not None:
+                    policy = meet(stage, args, kwargs)
+                apply(stage, policy, policy.policy.weights(r))
 
         output = recorder.replay(linearised.recorded, before_stage)
     with torch.no_grad():
         for stage in left.values():
-            apply(stage, policies[stage].policy.weights(None), None)
+            apply(stage, policies[stage], policies[stage].policy.weights(None))
     return output

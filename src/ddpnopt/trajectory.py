@@ -20,7 +20,7 @@ from .conditions import Conditions
 from .errors import StepError
 from .passes import Leaf, Pass, Run, Visit, detached, floating, versions
 
-BeforeStage = Callable[[nn.Module, list[Tensor]], None]
+BeforeStage = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 class _Hook:
@@ -126,7 +126,7 @@ class Recorder:
     def replay(self, recorded: Pass, before_stage: BeforeStage) -> Any:
         """Run the model again on a pass's inputs, same dropout masks, buffers restored; returns its output.
 
-        ``before_stage(module, inputs)`` is called before each stage's first run.
+        ``before_stage(module, args, kwargs)`` is called before each stage's first run.
         """
         with self._as_recorded(recorded), torch.no_grad():
             self._before_stage = before_stage
@@ -207,14 +207,14 @@ class Recorder:
         if self._paused:
             return
         if self._before_stage is not None:
-            self._before_stage(stage, self._state((args, kwargs)))
+            self._before_stage(stage, args, kwargs)
         elif self._current is not None and stage not in self._current.visits and torch.is_grad_enabled():
-            inputs = self._state((args, kwargs))
+            inputs = self.state((args, kwargs))
             visit = Visit([x.detach() for x in inputs], [None] * len(inputs))
             self._current.visits[stage] = visit
             self._tap(self._current, inputs, visit.cotangents)
 
-    def _state(self, tree: Any) -> list[Tensor]:
+    def state(self, tree: Any) -> list[Tensor]:
         """The floating-point inputs that lead with the batch: others (a bias, a mask) belong to no sample."""
         return [x for x in floating(tree) if x.ndim and len(x) == self._batch]
 
