@@ -35,15 +35,17 @@ def forward_pass(
     left = {stage.module: stage for stage in policies}
     output = None
     if linearised is not None:
+        device = linearised.recorded.conditions.autocast[0]
 
         def before_stage(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module in left:
                 stage = left.pop(module)
                 policy = policies[stage]
-                r = linearised.deviation(module, recorder.state((args, kwargs)), stage.name)
-                if meet is not None and r is not None:
-                    policy = meet(stage, args, kwargs)
-                apply(stage, policy, policy.policy.weights(r))
+                with torch.autocast(device, enabled=False):  # it is for the model: steps keep their precision
+                    r = linearised.deviation(module, recorder.state((args, kwargs)), stage.name)
+                    if meet is not None and r is not None:
+                        policy = meet(stage, args, kwargs)
+                    apply(stage, policy, policy.policy.weights(r))
 
         output = recorder.replay(linearised.recorded, before_stage)
     with torch.no_grad():
