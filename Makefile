@@ -20,9 +20,10 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the pages of docs/results: robustness, convnet, step time (about an hour; resumable)
+bench: $(READY)  ## the pages of docs/results: robustness, convnet, relinearise, step time (about an hour; resumable)
 	$(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/convnet.py
+	$(BIN)/python benchmarks/relinearise.py
 	$(BIN)/python benchmarks/step_time.py
 
 reproduce: $(READY)  ## the paper's experiments, full settings (hours; resumable): docs/results/paper/reproduce

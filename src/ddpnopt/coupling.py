@@ -24,7 +24,8 @@ class Batch:
     and it has no effect. A layer that runs several times in one forward pass keeps its nominal columns: the inputs of
     its later runs are not known when it moves. Between layers, and in layers that are not linear in their input
     (norms, modules of your own), the deviation still counts to first order. No gain in accuracy was found on DIGITS
-    (``docs/results/relinearise.md``).
+    (``docs/results/relinearise.md``). Of ``diagnostics()``, ``"k"`` and ``"feedback"`` are then those of the problem
+    at the state that was met, ``"predicted_decrease"`` the nominal one.
 
     Beyond the published method (Liu, Chen and Theodorou, ICLR 2021, arXiv 2002.08809, whose dynamics are of first
     order); :func:`ddpnopt.reference.dense_step` specifies it.
