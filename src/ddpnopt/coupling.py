@@ -17,8 +17,8 @@ class Batch:
         f(u + du, x_hat) - y = f_x dx + f_u(x_hat) du        (exact for Linear and convolutions)
         du = argmin  V_y' (f_x dx + f_u du) + |f_x dx + f_u du|^2_V_yy / 2 + |du|^2_R / 2 + l_u' du
 
-    so that the product of control and deviation in the dynamics, ``f_ux``, is solved for and never expanded. It is the
-    word of estimation and model predictive control for taking derivatives again where the trajectory has come to.
+    so that the product of control and deviation in the dynamics, ``f_ux``, is solved for and never expanded. To
+    relinearise is estimation's and model predictive control's word for derivatives taken again at the present state.
     Columns' parameter gradients are formed again from the new inputs, with one more Gram matrix and one more Cholesky
     factorisation per stage (but the first, whose input does not move). Without feedback there is nothing to meet,
     and it has no effect. A layer that runs several times in one forward pass keeps its nominal columns: the inputs of

@@ -180,16 +180,14 @@ def closed_loop(task: Task) -> Outcome:
             control, velocity = part.move(weights)
             _write(block, control)
             outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
-        own = policy.policy
-        predicted = policies[stage].policy.predicted
-        outcome.figures[stage.name] = partial(_figures, policy.gram, own.k_weights, weights, predicted)
+        k_weights, predicted = policy.policy.k_weights, policies[stage].policy.predicted
+        outcome.figures[stage.name] = partial(_figures, policy.gram, k_weights, weights, predicted)
         if policy is not policies[stage]:
             again.append(policy)
 
     def meet(stage: Stage, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StagePolicy:
-        (layer,) = (task.network.layers[index] for index in stage.layers)
-        own = [block for block, _ in blocks[stage]]
         assert task.recorder is not None
+        layer, own = task.network.layers[stage.layers[0]], [block for block, _ in blocks[stage]]
         return met(task.recorder, linearised, layer, own, policies[stage], args, kwargs)
 
     whole = joined(linearised) if task.feedback and len(policies) > 1 else None
