@@ -20,9 +20,10 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the pages of docs/results: robustness, convnet, step time, batch norm (about an hour; resumable)
+bench: $(READY)  ## the pages of docs/results but the paper's and conformance (about an hour; resumable)
 	$(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/convnet.py
+	$(BIN)/python benchmarks/relinearise.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/batch_norm.py
 

@@ -27,6 +27,7 @@ from torch.func import functional_call
 from ddpnopt import DDPNOpt, Identity, reference
 from ddpnopt.experiments.environment import version
 from ddpnopt.experiments.files import write_atomic
+from ddpnopt.reference import step as dense
 
 CRITERION = nn.CrossEntropyLoss()
 INPUTS, WIDTH, CLASSES = 4, 6, 3
@@ -71,8 +72,9 @@ def exact_step(model: nn.Sequential, x: Tensor, y: Tensor, lr: float) -> list[Te
     states = list(accumulate(stages, lambda X, stage: stage.f(stage.u, X[0])[None], initial=x.reshape(1, -1)))
     end = reference.gradient(nn.functional.cross_entropy, states[-1].view(count, -1), y).joint()
     solve = partial(reference.bellman, full_Q_uu=True, feedback=True, second_order=False)
-    policies = reference.backward_pass(stages, states, end, solve, 0.0)
-    controls, _ = reference.rollout(stages, states, policies, end.weight)
+    policies = dense.backward_pass(stages, states, end, solve, 0.0)
+    laws = [dense.affine(policy, X) for policy, X in zip(policies, states[:-1], strict=True)]
+    controls, _ = dense.rollout(stages, states[0], laws, end.weight)
     sizes = [[p.numel() for p in part.parameters()] for part in parts]
     return [piece for u, own in zip(controls, sizes, strict=True) for piece in u.split(own)]
 

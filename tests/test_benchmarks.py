@@ -1,9 +1,10 @@
-"""The benchmark of learning rates, at a tiny size: it writes its page, and repeats no run that is on record."""
+"""Benchmarks at a tiny size: they write their page, and repeat no run that is on record."""
 
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,17 @@ Main = Callable[[Sequence[str]], int]
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
+def imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Main]]:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
-    yield importlib.import_module("robustness").main
+    yield lambda name: importlib.import_module(name).main
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def main(imported: Callable[[str], Main]) -> Main:
+    return imported("robustness")
 
 
 def test_a_run_on_record_is_not_repeated(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,3 +70,23 @@ def test_batch_norm_is_measured_against_a_step_that_is_exact_without_it(main: Ma
     assert 0.01 < measured.difference(0, 6, 1.0, training=True).error < 0.5
     assert measured.main(["--batches", "6", "--lrs", "1", "--seeds", "1", "--out", str(tmp_path)]) == 0
     assert "| 6 | 1 | " in (tmp_path / "batch_norm.md").read_text()
+
+
+def test_relinearised_runs_differ_from_those_of_the_batch_form_in_that_alone(
+    imported: Callable[[str], Main], tmp_path: Path
+) -> None:
+    words = ["--seeds", "2", "--epochs", "1", "--lrs", "1", "--out", str(tmp_path)]
+    assert imported("relinearise")(words) == 0
+    lines = (tmp_path / "records" / "relinearise.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    by_coupling: list[list[dict[str, Any]]] = [[], []]
+    for record in records:
+        by_coupling["Batch(relinearise=True)" in record["settings"]["method"]].append(record)
+    assert [len(own) for own in by_coupling] == [4, 4]
+    for plain, anew in zip(*by_coupling, strict=True):
+        written = json.dumps(anew["settings"]).replace("Batch(relinearise=True)", "'batch'")
+        assert written == json.dumps(plain["settings"])
+        assert anew["result"]["train_loss"] != plain["result"]["train_loss"]
+    shown = (tmp_path / "relinearise.md").read_text()
+    assert "**Of 2 settings, relinearised is higher at" in shown
+    assert shown.count("\n| 1 | ") == 2

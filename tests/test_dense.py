@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from cases import CURVATURES, NETWORKS, Case
 from ddpnopt import DDPNOpt, Dense, Exact, Gradient, Identity, Matched, dense, reference
+from ddpnopt.coupling import Coupling
 from ddpnopt.dense import chain_of
-from ddpnopt.steps import Coupling
 from ddpnopt.terminal import Terminal
 from test_exact_step import controls, frozen_R, own_loss
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import CURVATURES, NETWORKS, Case
-from ddpnopt import DDPNOpt, Exact, Gradient, Identity, Kronecker, Matched, Sampled
+from ddpnopt import Batch, DDPNOpt, Exact, Gradient, Identity, Kronecker, Matched, Sampled
 from ddpnopt.terminal import Terminal
 
 Loss = nn.Module
@@ -493,3 +493,20 @@ def test_state_of_another_curvature_is_refused() -> None:
     case = NETWORKS["mlp"]()
     with pytest.raises(ValueError, match="Identity"):
         DDPNOpt(case.model).load_state_dict(DDPNOpt(case.model, curvature=Identity()).state_dict())
+
+
+@pytest.mark.parametrize("coupling", ["batch", "sample", Batch(relinearise=True)])
+def test_under_autocast_the_step_keeps_single_precision(coupling: Any) -> None:
+    """Autocast is for the model: in the rollout a layer's step must not be rounded to half precision."""
+    torch.set_default_dtype(torch.float32)
+    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+    weight = case.model[0].weight
+    assert isinstance(weight, nn.Parameter)
+    nn.init.zeros_(weight)  # so that it is the step afterwards
+    optimizer = DDPNOpt(case.model, 1.0, curvature=Identity(), coupling=coupling)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = criterion(case.model(case.x), case.y)
+    loss.backward()
+    optimizer.step()
+    assert weight.abs().max() > 1e-3
+    assert not torch.equal(weight, weight.bfloat16().float())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpnopt import DDPNOpt, Exact, Identity, Kronecker
+from ddpnopt import Batch, DDPNOpt, Exact, Identity, Kronecker
 
 
 def squared_error(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -51,6 +51,42 @@ def test_last_layer_reaches_its_least_squares_minimum_given_the_rollout(depth: i
     answered = target - deviation @ old.T
     best = nominal @ torch.linalg.lstsq(nominal, answered, driver="gelsd").solution
     torch.testing.assert_close(nominal @ weights_of(last).T, best, rtol=1e-4, atol=1e-4)
+
+
+def least_squares(model: nn.Sequential, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The least loss that the last layer can reach at its present inputs."""
+    states = with_ones(model[:-1](x)).detach()
+    return squared_error(states @ torch.linalg.lstsq(states, target, driver="gelsd").solution, target)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_relinearised_the_last_layer_reaches_its_least_squares_minimum_at_the_new_states(depth: int, seed: int) -> None:
+    """Literally: the loss after one step is the analytic minimum over the last layer; the default's is above it."""
+    excess = {}
+    for relinearise in (False, True):
+        torch.manual_seed(seed)
+        model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(depth - 1)), nn.Linear(5, 3))
+        x, target = torch.randn(30, 5), torch.randn(30, 3)
+        nominal = model[:-1](x).detach()
+        coupling = Batch(relinearise=relinearise)
+        optimizer = DDPNOpt(model, lr=1e9, curvature=Identity(), terminal=Exact(), coupling=coupling)
+        optimizer.step(lambda x=x, target=target, model=model: squared_error(model(x), target))  # type: ignore[misc]
+        assert depth == 1 or (model[:-1](x) - nominal).norm() > 0.1
+        minimum = least_squares(model, x, target)
+        assert minimum > 0.1
+        excess[relinearise] = float((squared_error(model(x), target) / minimum - 1).detach())
+    assert abs(excess[True]) < 1e-6
+    assert depth == 1 or excess[False] > 1e-3
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_relinearised_the_last_layer_interpolates_where_it_can(depth: int) -> None:
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(depth - 1)), nn.Linear(5, 3))
+    x, target = torch.randn(4, 5), torch.randn(4, 3)
+    optimizer = DDPNOpt(model, 1e9, curvature=Identity(), terminal=Exact(), coupling=Batch(relinearise=True))
+    optimizer.step(lambda: squared_error(model(x), target))
+    torch.testing.assert_close(model(x), target, rtol=1e-5, atol=1e-5)
 
 
 def test_at_small_lr_it_does_not() -> None:

@@ -1,5 +1,6 @@
 """Train neural networks as an optimal-control problem: DDPNOpt for PyTorch."""
 
+from .coupling import Batch
 from .curvature import Adaptive, EigenKronecker, Identity, Kronecker
 from .dense import Dense
 from .errors import StepError
@@ -8,6 +9,7 @@ from .terminal import Exact, Gradient, Matched, Sampled
 
 __all__ = [
     "Adaptive",
+    "Batch",
     "DDPNOpt",
     "Dense",
     "EigenKronecker",

@@ -1,7 +1,7 @@
 """The backward pass over stages: from every block's columns to every stage's feedback policy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,11 +65,19 @@ class BlockPolicy:
 
 @dataclass(frozen=True)
 class StagePolicy:
-    """A stage's policy, its blocks' parts, and ``gram = G' R^-1 G [N, N]`` or ``[B, R, R]`` for diagnostics."""
+    """A stage's policy, and what it came from.
+
+    Args:
+        policy: from deviations to weights on the columns.
+        blocks: the blocks' parts.
+        gram: ``G' R^-1 G``, ``[N, N]`` or per sample ``[B, R, R]``.
+        ahead: the value after the stage; ``None`` where full matrices carry it (:mod:`ddpnopt.dense`).
+    """
 
     policy: Policy
     blocks: tuple[BlockPolicy, ...]
     gram: Tensor
+    ahead: Value | None = None
 
 
 def size(gram: Tensor, weights: Tensor) -> Tensor:
@@ -100,10 +108,29 @@ def backward_pass(
     policies: list[StagePolicy] = []
     for blocks in reversed(stages):
         ready = [block_policy(terms, curvature, value, nominal, curved) for terms in blocks]
-        gram, d = gram_and_cost(ready, joint=value.joint)
-        policy, value = value.backward(gram, d, feedback=feedback)
-        policies.append(StagePolicy(policy, tuple(ready), gram))
+        policy, value = stage_policy(ready, value, feedback=feedback)
+        policies.append(policy)
     return policies[::-1]
+
+
+def stage_policy(blocks: Sequence[BlockPolicy], ahead: Value, *, feedback: bool) -> tuple[StagePolicy, Value]:
+    """A stage's policy from its blocks' parts and the value after it, and the value before it."""
+    gram, d = gram_and_cost(blocks, joint=ahead.joint)
+    policy, behind = ahead.backward(gram, d, feedback=feedback)
+    return StagePolicy(policy, tuple(blocks), gram, ahead), behind
+
+
+def relinearised(stage: StagePolicy, columns: Sequence[Columns]) -> StagePolicy:
+    """The stage's problem solved again, with other columns per block; the value ahead and ``R`` stay.
+
+    With the columns' gradients ``G_hat`` at the state that the rollout has reached, the layer's output moves by
+    ``P' dx + G_hat' du`` in column coordinates. That ``du`` enters beside ``dx``, not times it, makes this the same
+    recursion: ``beta = (C^-1 + Gram_hat)^-1 (C^-1 a - d_hat + r)``, ``C`` and ``a`` those of the value ahead.
+    """
+    assert stage.ahead is not None
+    pairs = zip(stage.blocks, columns, strict=True)
+    blocks = [replace(block, terms=replace(block.terms, columns=own)) for block, own in pairs]
+    return stage_policy(blocks, stage.ahead, feedback=True)[0]
 
 
 def block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal: Tensor, curved: int) -> BlockPolicy:

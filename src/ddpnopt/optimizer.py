@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .coupling import Coupling, is_joint
 from .curvature import Curvature, Kronecker
 from .dense import Dense
 from .errors import StepError
 from .evaluation import check_evaluated, evaluate
 from .network import Network, is_chain, read_network
-from .options import check_chain, check_numbers, check_options
+from .options import check_chain, check_numbers, check_options, check_stages
 from .report import Report, describe
-from .steps import Coupling, Outcome, Task, closed_loop, open_loop
+from .steps import Outcome, Task, closed_loop, open_loop
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .transaction import Transaction
@@ -39,7 +40,8 @@ class DDPNOpt(torch.optim.Optimizer):
         terminal: ``Gradient()`` (default), or ``Matched``, ``Exact``, ``Sampled`` with the loss module.
         coupling: ``"batch"`` (default), the joint problem of all samples, exact; ``"sample"``, the paper's
             Algorithm 3: every sample's own policy, averaged; ``Dense(...)``, that with full per-sample matrices,
-            for a small ``nn.Sequential``.
+            for a small ``nn.Sequential``; ``Batch(relinearise=True)``, the joint problem solved again, stage by
+            stage, at the state that the second forward pass meets.
         feedback: ``False`` sets ``Q_ux = 0`` in both passes: no layer sees another. With ``coupling="sample"`` this is
             SGD, RMSprop or EKFAC, by the curvature.
         momentum: weight of the last update, as a drift the policy takes into account; default 0.
@@ -50,7 +52,7 @@ class DDPNOpt(torch.optim.Optimizer):
 
     Raises:
         ValueError: if a number is out of range, ``coupling`` is unknown or ``Dense`` on a model that is no chain, or
-            ``stages`` names no module.
+            ``stages`` names no module or does not go with ``coupling``.
         TypeError: if ``curvature`` or ``terminal`` is not one, or ``feedback`` is not a bool.
 
     Example:
@@ -88,8 +90,9 @@ class DDPNOpt(torch.optim.Optimizer):
         self.terminal = Gradient() if terminal is None else terminal
         self.coupling, self.feedback, self.stages = coupling, feedback, stages
         check_options(self.curvature, self.terminal, coupling, feedback)
+        check_stages(coupling, stages)
         if isinstance(coupling, Dense):
-            check_chain(model_or_params, stages)
+            check_chain(model_or_params)
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -186,7 +189,7 @@ class DDPNOpt(torch.optim.Optimizer):
         return None if float(found_inf) else float(scale)
 
     def _step(self, closure: Callable[[], Any] | None, loss_scale: float) -> Any:
-        without_feedback = self.coupling != "batch" and not self.feedback
+        without_feedback = not is_joint(self.coupling) and not self.feedback
         needs_graph = self.terminal.needs_loss and not without_feedback
         found = evaluate(
             closure, self._recorder, self._network, list(self._group_of), every=without_feedback, keep_graph=needs_graph

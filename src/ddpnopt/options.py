@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .coupling import Batch, Coupling, relinearises
 from .curvature import Curvature
 from .dense import Dense, chain_of
 from .terminal import Terminal
@@ -23,11 +24,15 @@ def check_numbers(group: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid {name}: {given!r}; give {wanted}")
 
 
-def check_chain(model: object, stages: object) -> None:
+def check_chain(model: object) -> None:
     """Raise ``ValueError`` unless ``Dense`` can take the model."""
     chain_of(model)
-    if stages is not None:
-        raise ValueError("stages: coupling=Dense(...) makes every layer a stage; leave stages out, or use 'batch'")
+
+
+def check_stages(coupling: Coupling, stages: object) -> None:
+    """Raise ``ValueError`` if ``stages`` are given to a coupling of which every layer is a stage."""
+    if stages is not None and (isinstance(coupling, Dense) or relinearises(coupling)):
+        raise ValueError(f"stages: coupling={coupling!r} makes every layer a stage; leave stages out, or use 'batch'")
 
 
 def check_options(curvature: object, terminal: object, coupling: object, feedback: object) -> None:
@@ -36,9 +41,10 @@ def check_options(curvature: object, terminal: object, coupling: object, feedbac
         raise TypeError(f"curvature must be Kronecker(), EigenKronecker(), Adaptive() or Identity(), got {curvature!r}")
     if not isinstance(terminal, Terminal):
         raise TypeError(f"terminal must be Gradient(), Matched(...), Exact(...) or Sampled(...), got {terminal!r}")
-    if not isinstance(coupling, Dense) and coupling not in ("batch", "sample"):
+    if not isinstance(coupling, Batch | Dense) and coupling not in ("batch", "sample"):
         raise ValueError(
-            f"coupling must be 'batch' (the joint problem), 'sample' (the paper's form) or Dense(...), got {coupling!r}"
+            "coupling must be 'batch' (the joint problem), 'sample' (the paper's form), Batch(...) or Dense(...), "
+            f"got {coupling!r}"
         )
     if not isinstance(feedback, bool):
         raise TypeError(f"feedback must be True or False, got {feedback!r}")

@@ -17,7 +17,8 @@ from .passes import Pass, Place, floating, signed_sum
 from .state import Boundary
 from .trajectory import Recorder
 
-Apply = Callable[[Stage, Tensor, Tensor | None], None]
+Apply = Callable[[Stage, StagePolicy, Tensor], None]
+Meet = Callable[[Stage, tuple[Any, ...], Mapping[str, Any]], StagePolicy]
 Later = Mapping[nn.Module, Sequence[tuple[Block, Columns]]]
 """By stage, blocks with the columns of their runs after the stage's cut."""
 
@@ -74,6 +75,7 @@ def forward_pass(
     policies: Mapping[Stage, StagePolicy],
     apply: Apply,
     later: Mapping[Stage, Later],
+    meet: Meet | None = None,
 ) -> Any:
     """Run the model again, moving each stage's weights just before it runs; returns the model's new output.
 
@@ -82,26 +84,34 @@ def forward_pass(
         linearised: the nominal pass and its columns; ``None``: no second pass, every stage moves open loop.
         blocks: of the stages that move.
         policies: of the same.
-        apply: called as ``apply(stage, weights [R, B], r [R, B] or None)``; moves the stage's weights.
+        apply: called as ``apply(stage, policy, weights [R, B])``; moves the stage's weights.
         later: of the stages whose layers run again after other stages' cuts.
+        meet: called as ``meet(stage, args, kwargs)`` before a stage whose state has moved; gives the policy to follow
+            instead.
     """
     left = {stage.module: stage for stage in policies}
     output = None
     if linearised is not None:
         deviation = _Deviation(linearised, recorder)
+        device = linearised.recorded.conditions.autocast[0]
 
-        def before_stage(module: nn.Module, inputs: list[Tensor]) -> None:
+        def before_stage(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module in left:
                 stage = left.pop(module)
-                r = deviation.at(stage, inputs)
-                before = _controls(later.get(stage, {}))
-                apply(stage, policies[stage].policy.weights(r), r)
-                deviation.moved(blocks[stage], later.get(stage, {}), before)
+                policy = policies[stage]
+                with torch.autocast(device, enabled=False):  # it is for the model: steps keep their precision
+                    inputs = [x.movedim(dim, 0) for x, dim in recorder.state(module, (args, kwargs))]
+                    r = deviation.at(stage, inputs)
+                    if meet is not None and r is not None:
+                        policy = meet(stage, args, kwargs)
+                    before = _controls(later.get(stage, {}))
+                    apply(stage, policy, policy.policy.weights(r))
+                    deviation.moved(blocks[stage], later.get(stage, {}), before)
 
         output = recorder.replay(linearised.recorded, before_stage, deviation.measure)
     with torch.no_grad():
         for stage in left.values():
-            apply(stage, policies[stage].policy.weights(None), None)
+            apply(stage, policies[stage], policies[stage].policy.weights(None))
     return output
 
 

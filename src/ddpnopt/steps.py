@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bellman import BlockTerms, StagePolicy, backward_pass, size
 from .columns import Columns, DenseColumns, over_uses
+from .coupling import Coupling, is_joint, relinearises
 from .curvature import Curvature
 from .curvature.base import State
 from .dense import Dense, sweep
@@ -22,12 +23,12 @@ from .layers import Block
 from .linearise import Linearised, TerminalValue, columns_of, joined, linearise
 from .network import Layer, Network, Stage, Tied, matrix_of
 from .passes import Pass, floating
+from .relinearise import met
 from .rollout import Later, forward_pass, later_columns, restore_overwritten
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .value import BatchPolicy, BatchValue, SampleValue
 
-Coupling = Literal["batch", "sample"] | Dense
 VELOCITY = "velocity"
 
 
@@ -179,26 +180,35 @@ def closed_loop(task: Task) -> Outcome:
         if read.isdisjoint(block.parameters) and (gradient := task.gradient(block)) is not None:
             _move_alone(task, block, gradient, outcome)
 
-    def apply(stage: Stage, weights: Tensor, r: Tensor | None) -> None:
-        policy = policies[stage]
+    again: list[StagePolicy] = []
+
+    def apply(stage: Stage, policy: StagePolicy, weights: Tensor) -> None:
         for (block, _), part in zip(blocks[stage], policy.blocks, strict=True):
             control, velocity = part.move(weights)
             _write(block, control)
             outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
-        own = policy.policy
-        outcome.figures[stage.name] = partial(_figures, policy.gram, own.k_weights, weights, own.predicted)
+        k_weights, predicted = policy.policy.k_weights, policies[stage].policy.predicted
+        outcome.figures[stage.name] = partial(_figures, policy.gram, k_weights, weights, predicted)
+        if policy is not policies[stage]:
+            again.append(policy)
+
+    def meet(stage: Stage, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StagePolicy:
+        assert task.recorder is not None
+        layer, own = task.network.layers[stage.layers[0]], [block for block, _ in blocks[stage]]
+        return met(task.recorder, linearised, layer, own, policies[stage], args, kwargs)
 
     if task.recorder is not None:
         moving = {stage: [block for block, _ in blocks[stage]] for stage in policies}
-        output = forward_pass(task.recorder, whole, moving, policies, apply, later)
+        at_state = meet if relinearises(task.coupling) else None
+        output = forward_pass(task.recorder, whole, moving, policies, apply, later, at_state)
         outcome.actual_decrease = _actual_decrease(task, whole, output)
-    failed = [p.policy.failures for p in policies.values() if isinstance(p.policy, BatchPolicy)]
+    failed = [p.policy.failures for p in (*policies.values(), *again) if isinstance(p.policy, BatchPolicy)]
     outcome.failures = sum(failed)
     return outcome
 
 
 def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchValue | SampleValue:
-    kind = BatchValue if coupling == "batch" else SampleValue
+    kind = BatchValue if is_joint(coupling) else SampleValue
     return kind.terminal(a, curved, weight)
 
 

@@ -23,7 +23,7 @@ from .layers import Layout, is_batch, rule_for
 from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, versions
 from .state import Boundaries, Boundary, Tracer
 
-BeforeStage = Callable[[nn.Module, list[Tensor]], None]
+BeforeStage = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 AtBoundary = Callable[[Boundary, Any], None]
 
 
@@ -136,8 +136,8 @@ class Recorder:
     def replay(self, recorded: Pass, before_stage: BeforeStage, at_boundary: AtBoundary | None = None) -> Any:
         """Run the model again on a pass's inputs, same dropout masks, buffers restored; returns its output.
 
-        ``before_stage(module, inputs)`` is called before each stage's runs, ``at_boundary(boundary, values)`` at every
-        module's entry and exit, where the recorder looks at the whole state.
+        ``before_stage(module, args, kwargs)`` is called before each stage's runs, ``at_boundary(boundary, values)`` at
+        every module's entry and exit, where the recorder looks at the whole state.
         """
         with self._as_recorded(recorded), torch.no_grad():
             self._before_stage, self._at_boundary = before_stage, at_boundary
@@ -247,7 +247,7 @@ class Recorder:
         if self._paused:
             return
         if self._before_stage is not None:
-            self._before_stage(stage, [x.movedim(dim, 0) for x, dim in self._state(stage, (args, kwargs))])
+            self._before_stage(stage, args, kwargs)
         elif self._current is not None and torch.is_grad_enabled():
             if rule_for(stage).draws(stage):
                 self._drawn[stage] = rng_states(stage)
@@ -255,14 +255,14 @@ class Recorder:
                 self._tracer.begins(stage)
             if stage in self._current.visits:
                 return
-            state = self._state(stage, (args, kwargs))
+            state = self.state(stage, (args, kwargs))
             inputs, dims = [x for x, _ in state], [dim for _, dim in state]
             moved = [x.detach().movedim(dim, 0) for x, dim in state]
             visit = Visit(moved, [None] * len(inputs), dims)
             self._current.visits[stage] = visit
             self._tap(self._current, inputs, visit.cotangents)
 
-    def _state(self, stage: nn.Module, tree: Any) -> list[tuple[Tensor, int]]:
+    def state(self, stage: nn.Module, tree: Any) -> list[tuple[Tensor, int]]:
         """The floating-point inputs with a dimension that is the batch: others (a bias, a mask) belong to no sample.
 
         A tensor that is given twice (the query and the key of an attention) is there once, with all its gradient.

@@ -69,8 +69,9 @@ class TrainConfig:
     damping: float | None = None
     """ddpnopt only: damping of the curvature. None: the curvature's own default."""
 
-    coupling: Literal["batch", "sample"] = "batch"
-    """ddpnopt only: batch: the exact joint problem. sample: the paper's mean of one policy per sample."""
+    coupling: Literal["batch", "relinearised", "sample"] = "batch"
+    """ddpnopt only: batch: the exact joint problem. relinearised: each layer solves it again at the state it meets.
+    sample: the paper's mean of one policy per sample."""
 
     terminal: Literal["gradient", "matched", "exact", "sampled"] = "gradient"
     """ddpnopt only: how the loss's own curvature enters at the output."""

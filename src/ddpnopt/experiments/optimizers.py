@@ -49,7 +49,7 @@ def _ddpnopt(config: TrainConfig, model: nn.Module, criterion: nn.Module) -> tor
         lr=_filled(config.lr),
         curvature=curvature,
         terminal=_terminal(config, criterion),
-        coupling=config.coupling,
+        coupling=ddpnopt.Batch(relinearise=True) if config.coupling == "relinearised" else config.coupling,
         feedback=config.feedback,
         momentum=_filled(config.momentum),
         weight_decay=config.weight_decay,

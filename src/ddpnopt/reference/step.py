@@ -1,7 +1,7 @@
-"""Dense differential dynamic programming (DDP) for small chains in float64: the optimizer's specification.
+"""One step of dense differential dynamic programming (DDP) on a small chain, in float64.
 
-Slow on purpose, to be read beside Liu, Chen and Theodorou, *DDPNOpt: Differential Dynamic Programming Neural
-Optimizer*, ICLR 2021 (arXiv 2002.08809). The fast path shares no code with it and is tested against it.
+To be read beside Liu, Chen and Theodorou, *DDPNOpt: Differential Dynamic Programming Neural Optimizer*, ICLR 2021
+(arXiv 2002.08809).
 
 **Training as optimal control.** The state x_t is the activation that enters stage t, the control u_t is that
 stage's parameters, and x_{t+1} = f_t(u_t, x_t). With samples i and stages t, the cost is
@@ -28,7 +28,15 @@ wanted. The caller builds R; l_uu is not added again.
 * "sample" (Algorithm 3): sample i has V_x, V_xx, k, K of its own, from phi_i + sum_t l_t; R alone is Q_uu;
   the update is the w-weighted sum of the S = B policies, formed during one rollout of the whole batch.
 
-Without feedback, Q_ux = 0 in both passes, and V_x is what back-propagation computes (Proposition 2).
+**Relinearised** (not in the paper), a stage does not follow its affine policy, which knows how f_t was at (u_t, x_t)
+only. It solves its problem at the state it meets, with the value ahead V_x, V_xx as it is around x_{t+1}:
+
+    min over du of  V_x' dy + dy' V_xx dy / 2 + du' R du / 2 + l_u' du      dy = f_t(u_t, xhat_t) + f_u du - x_{t+1}
+
+with f_u at (u_t, xhat_t). Where f is linear in u and in x, each by itself, dy is exact.
+
+Without feedback, Q_ux = 0 in both passes, and V_x is what back-propagation computes (Proposition 2); no stage answers
+to the rollout, relinearised or not.
 
 Shape letters: T stages, B samples, S policies, P parameters of a stage, n features entering and m leaving it,
 d outputs, C columns of the terminal factor.
@@ -37,82 +45,18 @@ d outputs, C columns of the terminal factor.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Size, Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
+from torch import Tensor
+from torch.func import grad, jacrev, vmap
+
+from .terminal import Terminal, require_float64
 
 Function = Callable[[Tensor, Tensor], Tensor]  # dynamics of one sample, pure: (u [P], x [n]) -> x_next [m]
-Loss = Callable[[Tensor, Tensor], Tensor]  # terminal cost of one sample, pure: (y [d], target) -> phi []
-
-
-def require_float64(**tensors: Tensor) -> None:
-    """Refuse any dtype in which rounding could pass for an error, or hide one."""
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float64:
-            raise TypeError(f"{name} is {tensor.dtype}; the reference computes in torch.float64 only")
-
-
-@dataclass(frozen=True)
-class Terminal:
-    """Terminal cost sum_i w_i phi_i to second order: phi_i has gradient g_i and curvature Z_i Z_i'."""
-
-    weight: Tensor  # w [B]; 1/B, a mean, from the functions below; ``dataclasses.replace`` for others
-    gradient: Tensor  # g [B, d]
-    factor: Tensor  # Z [B, d, C]
-
-    def __post_init__(self) -> None:
-        require_float64(weight=self.weight, gradient=self.gradient, factor=self.factor)
-
-    def joint(self) -> Terminal:
-        """Return the same cost for one joint output: V_X = (w_i g_i), V_XX = blockdiag(w_i Z_i Z_i')."""
-        w, B = self.weight, len(self.weight)
-        Z = torch.einsum("a,adc,ab->adbc", w.sqrt(), self.factor, torch.eye(B).to(w))
-        G = w[:, None] * self.gradient
-        return Terminal(torch.ones(1).to(w), G.reshape(1, -1), Z.reshape(1, G.numel(), -1))
-
-
-def gradient(loss: Loss, y: Tensor, target: Tensor) -> Terminal:
-    """Outer product of the gradient, Z = g (Proposition 3), for outputs y [B, d] and targets [B, ...]."""
-    g, _ = _loss_derivatives(loss, y, target)
-    return Terminal(torch.full_like(g[:, 0], 1 / len(g)), g, g[..., None])
-
-
-def matched(loss: Loss, y: Tensor, target: Tensor, *, cap: float = 1.0) -> Terminal:
-    """Rank one, exact along the gradient: Z = c g with c^2 = max(1/cap, g'Hg / (g'g)^2); Z = 0 where g = 0.
-
-    H is phi_i's Hessian at the output. Along g, the quadratic model promises a decrease of cap/2 at most.
-    """
-    g, H = _loss_derivatives(loss, y, target)
-    size = g.norm(dim=1, keepdim=True)
-    e = torch.where(size > 0, g / size, 0.0)  # Z in terms of e = g/|g|: powers of a tiny g would underflow
-    eHe = torch.einsum("bi,bij,bj->b", e, H, e)[:, None]
-    Z = torch.maximum(size.square() / cap, eHe).sqrt() * e
-    return replace(gradient(loss, y, target), factor=Z[..., None])
-
-
-def exact(loss: Loss, y: Tensor, target: Tensor) -> Terminal:
-    """All of the loss's Hessian: Z = H^(1/2), symmetric, with the negative eigenvalues of H cut to zero."""
-    _, H = _loss_derivatives(loss, y, target)
-    eigenvalues, U = torch.linalg.eigh(H)
-    Z = U * eigenvalues.clamp(min=0).sqrt()[:, None, :] @ U.mT
-    return replace(gradient(loss, y, target), factor=Z)
-
-
-def sampled(loss: Loss, y: Tensor, target: Tensor, noise: Tensor) -> Terminal:
-    """Random columns Z = H^(1/2) noise; noise [B, d, C] with E[noise noise'] = I makes E[Z Z'] = H."""
-    end = exact(loss, y, target)
-    return replace(end, factor=end.factor @ noise)
-
-
-def _loss_derivatives(loss: Loss, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gradient [B, d] and Hessian [B, d, d] of each sample's loss at its output."""
-    require_float64(y=y)
-    return vmap(grad(loss))(y, target), vmap(jacrev(grad(loss)))(y, target)
 
 
 @dataclass(frozen=True)
@@ -137,6 +81,7 @@ class Policy(NamedTuple):
 
 
 Solver = Callable[[Stage, Tensor, Tensor, Tensor], Policy]  # (stage, x, V_x, V_xx), of one sample
+Law = Callable[[Tensor], Tensor]  # of one stage: du [S, P] for the states [S, n] that it meets in the rollout
 
 
 def bellman(
@@ -169,15 +114,31 @@ def backward_pass(
     return policies
 
 
+def affine(policy: Policy, x: Tensor) -> Law:
+    """Follow a policy around the nominal states x [S, n]."""
+    return lambda met: policy.k + torch.einsum("spn,sn->sp", policy.K, met - x)
+
+
+def relinearised(stage: Stage, x_next: Tensor, V_x: Tensor, V_xx: Tensor) -> Law:
+    """Solve the stage at the states it meets, with V_x [S, m], V_xx [S, m, m] around the nominal x_next [S, m]."""
+
+    def solve(met: Tensor, x_next: Tensor, V_x: Tensor, V_xx: Tensor) -> Tensor:
+        f_u = jacrev(stage.f)(stage.u, met)
+        dy = stage.f(stage.u, met) - x_next
+        Q_u = stage.l_u + f_u.T @ (V_x + V_xx @ dy)
+        du: Tensor = -torch.linalg.solve(stage.R + f_u.T @ V_xx @ f_u, Q_u)
+        return du
+
+    return lambda met: vmap(solve)(met, x_next, V_x, V_xx)
+
+
 def rollout(
-    stages: Sequence[Stage], states: Sequence[Tensor], policies: Sequence[Policy], weight: Tensor
+    stages: Sequence[Stage], x: Tensor, laws: Sequence[Law], weight: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Run again under the policies, averaged with weight [S]: T controls [P] and T + 1 states [S, n]."""
-    controls, new = [], [states[0]]
-    for stage, x, policy in zip(stages, states[:-1], policies, strict=True):
-        dx = new[-1] - x
-        du = policy.k + torch.einsum("spn,sn->sp", policy.K, dx)
-        controls.append(stage.u + weight @ du + stage.once)
+    """Run again from x [S, n] under the laws, averaged with weight [S]: T controls [P] and T + 1 states [S, n]."""
+    controls, new = [], [x]
+    for stage, law in zip(stages, laws, strict=True):
+        controls.append(stage.u + weight @ law(new[-1]) + stage.once)
         new.append(vmap(partial(stage.f, controls[-1]))(new[-1]))
     return controls, new
 
@@ -213,6 +174,7 @@ def dense_step(
     feedback: bool = True,
     value_ridge: float = 0.0,
     second_order: bool = False,
+    relinearise: bool = False,
 ) -> DenseStep:
     """Take one step: backward pass along the nominal trajectory, then one rollout of the whole batch.
 
@@ -224,9 +186,12 @@ def dense_step(
     not see it; it is added to their average.
     value_ridge: eps of the optional Tikhonov V_xx + eps I (Algorithm 3), for each V_xx as it enters a stage.
     second_order: dynamics to second order, V_x . f_ux in Q_ux and V_x . f_xx in Q_xx.
+    relinearise: each stage is solved again at the state the rollout meets (coupling "batch" only). A stage's value
+    ahead is taken at its own output, so what follows a layer is best a stage of its own, its control of length 0.
 
     Example: a linear-quadratic problem, min (u - 3)^2/2 + u^2/4, which DDP solves in one step.
 
+        >>> from ddpnopt.reference import dense_step, exact
         >>> one = torch.ones(1, 1, dtype=torch.float64)
         >>> end = exact(lambda y, target: (y - target).square().sum() / 2, one, 4 * one)
         >>> step = dense_step([lambda u, x: x + u], [0 * one[0]], one, end, R=[one / 2], decay=[0.5])
@@ -235,6 +200,8 @@ def dense_step(
     """
     if coupling not in ("batch", "sample"):
         raise ValueError(f'coupling is {coupling!r}; it must be "batch" or "sample"')
+    if relinearise and coupling != "batch":
+        raise ValueError(f'relinearise goes with coupling "batch", got {coupling!r}')
     decay = [0.0] * len(functions) if decay is None else decay
     drift = [torch.zeros_like(u) for u in controls] if drift is None else drift
     B, whole = len(x), coupling == "batch"
@@ -252,48 +219,19 @@ def dense_step(
     states = list(accumulate(stages, lambda X, stage: vmap(partial(stage.f, stage.u))(X), initial=x))
     solve = partial(bellman, full_Q_uu=whole, feedback=feedback, second_order=second_order)
     policies = backward_pass(stages, states, terminal, solve, value_ridge)
-    new_controls, new_states = rollout(stages, states, policies, terminal.weight)
+    V_x = [*(policy.V_x for policy in policies), terminal.gradient]
+    V_xx = [*(policy.V_xx for policy in policies), terminal.factor @ terminal.factor.mT]
+    laws = [affine(policy, X) for policy, X in zip(policies, states[:-1], strict=True)]
+    if relinearise and feedback:
+        ahead = [curvature + value_ridge * torch.eye(curvature.shape[-1]).to(curvature) for curvature in V_xx]
+        laws = [relinearised(*law) for law in zip(stages, states[1:], V_x[1:], ahead[1:], strict=True)]
+    new_controls, new_states = rollout(stages, states[0], laws, terminal.weight)
     return DenseStep(
         controls=new_controls,
         trajectory=[X.reshape(B, -1) for X in new_states],
         k=[policy.k for policy in policies],
         K=[policy.K for policy in policies],
-        V_x=[*(policy.V_x for policy in policies), terminal.gradient],
-        V_xx=[*(policy.V_xx for policy in policies), terminal.factor @ terminal.factor.mT],
+        V_x=V_x,
+        V_xx=V_xx,
         predicted_decrease=torch.stack([terminal.weight @ policy.decrease for policy in policies]),
     )
-
-
-def stages_of(model: nn.Sequential, x: Tensor) -> tuple[list[Function], list[Tensor]]:
-    """Split a chain of modules into T dynamics and T controls; x [B, ...] is any input of the model.
-
-    A stage is one module with parameters and those without after it (the first stage: also before it). The
-    state is one sample's activation, flattened; the control is the module's matrix [out, fan_in + 1] by rows:
-    weight.reshape(out, -1), with the bias, where there is one, as last column. No module may mix samples.
-    """
-    groups: list[list[nn.Module]] = [[]]
-    for module in model:
-        if list(module.parameters()) and list(nn.Sequential(*groups[-1]).parameters()):
-            groups.append([])
-        groups[-1].append(module)
-    functions, controls = list[Function](), list[Tensor]()
-    for group in groups:
-        stage = nn.Sequential(*group)
-        parameters = dict(stage.named_parameters())
-        require_float64(**parameters)
-        if [name.partition(".")[2] for name in parameters] not in (["weight"], ["weight", "bias"]):
-            raise TypeError(f"a stage needs one weight and may have a bias, but has {list(parameters)}")
-        shapes = {name: p.shape for name, p in parameters.items()}
-        functions.append(partial(_apply, stage, shapes, x.shape[1:]))
-        controls.append(torch.cat([p.reshape(len(p), -1) for p in parameters.values()], 1).flatten().detach())
-        x = stage(x).detach()
-    return functions, controls
-
-
-def _apply(stage: nn.Module, shapes: dict[str, Size], shape: Size, u: Tensor, x: Tensor) -> Tensor:
-    """Run modules on x [n], reshaped to ``shape``, with the parameters that u [P] holds."""
-    widths = [s[1:].numel() for s in shapes.values()]
-    columns = u.reshape(-1, sum(widths)).split_with_sizes(widths, dim=1)
-    values = {name: c.reshape(shapes[name]) for name, c in zip(shapes, columns, strict=True)}
-    y: Tensor = functional_call(stage, values, (x.reshape(1, *shape),))
-    return y.flatten()
