@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ddpnopt import DDPNOpt, Exact, Gradient, Identity, Matched
 from ddpnopt.network import is_chain
 from ddpnopt.terminal import Terminal
-from graphs import GRAPHS, OTHERS, Net
+from graphs import GRAPHS, OTHERS, Named, Net, Record
 
 
 def trained(
@@ -110,6 +110,37 @@ def test_no_graph_and_no_activation_survives(graph: str, terminal: Any) -> None:
     one_round()
     assert tensors() == before
     assert len(Marker.graphs) >= 6
+    assert not any(ref() for ref in Marker.graphs)
+
+
+class Taking(nn.Module):
+    """A layer that takes a dataclass or a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, given: Any) -> Tensor:
+        out: Tensor = self.weight * (given["logits"] if isinstance(given, dict) else given.logits)
+        return out
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*the generic rule failed"
+)  # it takes tensors apart from their batch in pytrees only
+@pytest.mark.parametrize("pack", [Record, Named])
+def test_no_graph_survives_in_what_a_layer_was_given(pack: Callable[..., Any]) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        out: Tensor = net.take(pack(logits=Marker.apply(net.a(x)), features=x))  # type: ignore[no-untyped-call]
+        return out
+
+    model, x = Net(run, a=nn.Linear(3, 3), take=Taking()), torch.randn(5, 3)
+    Marker.graphs.clear()
+    optimizer = DDPNOpt(model)
+    model(x)
+    optimizer.step(lambda: model(x).square().mean())
+    gc.collect()
+    assert len(Marker.graphs) == 2
     assert not any(ref() for ref in Marker.graphs)
 
 

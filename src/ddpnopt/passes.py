@@ -3,8 +3,9 @@
 Records only: :mod:`ddpnopt.trajectory` fills them. A pass holds nothing of the graph but, at most, its edges.
 """
 
+import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -210,5 +211,19 @@ def floating(tree: Any) -> list[Tensor]:
 
 
 def detached(tree: Any) -> Any:
-    """The same nested structure with every tensor detached."""
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+    """The same nested structure with every tensor detached, also in mappings and dataclasses."""
+
+    def alone(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach()
+        if isinstance(leaf, MutableMapping):
+            leaf = copy.copy(leaf)
+            for key, value in leaf.items():
+                leaf[key] = detached(value)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            leaf = copy.copy(leaf)
+            for name in (f.name for f in fields(leaf)):
+                object.__setattr__(leaf, name, detached(getattr(leaf, name)))
+        return leaf
+
+    return pytree.tree_map(alone, tree)
