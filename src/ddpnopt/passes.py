@@ -64,7 +64,7 @@ class Live:
     Args:
         place: where it can be measured.
         value: nominal, detached; ``version`` counts the writes into it until then.
-        terms: the gradient ``p`` as slots of :attr:`State.cotangents` with their signs, the tensor's own in front.
+        terms: the gradient ``p`` as slots of :attr:`State.cotangents` with their signs.
         stages: the stages.
     """
 
@@ -183,15 +183,12 @@ def versions(tree: Any) -> list[int]:
 
 
 def signed_sum(cotangents: Sequence[Tensor | None], terms: Sequence[tuple[int, int]]) -> Tensor | None:
-    """A sum of slots with signs; ``None`` if no gradient came to the first, the tensor's own."""
-    (own, _), *rest = terms
-    total = cotangents[own]
-    if total is None:
-        return None
-    for slot, sign in rest:
+    """A sum of slots with signs; ``None`` if no gradient came to any."""
+    total = None
+    for slot, sign in terms:
         part = cotangents[slot]
         if part is not None:
-            total = torch.add(total, part, alpha=sign)
+            total = torch.add(total, part, alpha=sign) if total is not None else part if sign > 0 else -part
     return total
 
 
