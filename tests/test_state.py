@@ -346,6 +346,26 @@ def test_what_cannot_be_followed_is_said_once(run: Callable[[Any, Tensor], Tenso
     assert losses[-1] < losses[0]
 
 
+def test_calls_without_gradients_are_counted_in_both_passes() -> None:
+    def weights(extra: bool) -> list[Tensor]:
+        def run(net: Any, x: Tensor) -> Tensor:
+            h = net.stem(x)
+            if extra:
+                with torch.no_grad():
+                    net.act(2 * h)
+            skip = net.act(h)  # known from this exit on
+            out: Tensor = net.head(torch.sin(skip) + net.b(torch.tanh(net.a(skip))))
+            return out
+
+        torch.manual_seed(3)
+        linear = nn.Linear
+        model = Net(run, stem=linear(3, 4), act=nn.Tanh(), a=linear(4, 4), b=linear(4, 4), head=linear(4, 3))
+        return trained(model, torch.randn(5, 3), lr=1.0)
+
+    for new, wanted in zip(weights(True), weights(False), strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:.*was not seen to run on the batch")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
