@@ -4,6 +4,7 @@ A step is a function of one sample: the layer that moves there, called as the mo
 state, to those of the next state. What a state holds is what the network's modules have taken or returned by then.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -422,6 +423,10 @@ class Record:
     features: Tensor
 
 
+class Named(OrderedDict[str, Tensor]):
+    """Two outputs in a mapping of a class of its own."""
+
+
 def _two_outputs(pack: Callable[..., Any]) -> GraphCase:
     """Features are an output and go on; another output leaves in the middle."""
 
@@ -462,4 +467,5 @@ OTHERS: dict[str, Callable[[], GraphCase]] = {
     "tuple": lambda: _two_outputs(Outputs),
     "dictionary": lambda: _two_outputs(dict),
     "dataclass": lambda: _two_outputs(Record),
+    "mapping": lambda: _two_outputs(Named),
 }

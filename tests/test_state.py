@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ddpnopt import DDPNOpt, Exact, Gradient, Identity, Matched
 from ddpnopt.network import is_chain
 from ddpnopt.terminal import Terminal
-from graphs import GRAPHS, OTHERS, Net
+from graphs import GRAPHS, OTHERS, Named, Net, Record
 
 
 def trained(
@@ -110,6 +110,37 @@ def test_no_graph_and_no_activation_survives(graph: str, terminal: Any) -> None:
     one_round()
     assert tensors() == before
     assert len(Marker.graphs) >= 6
+    assert not any(ref() for ref in Marker.graphs)
+
+
+class Taking(nn.Module):
+    """A layer that takes a dataclass or a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, given: Any) -> Tensor:
+        out: Tensor = self.weight * (given["logits"] if isinstance(given, dict) else given.logits)
+        return out
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*the generic rule failed"
+)  # it takes tensors apart from their batch in pytrees only
+@pytest.mark.parametrize("pack", [Record, Named])
+def test_no_graph_survives_in_what_a_layer_was_given(pack: Callable[..., Any]) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        out: Tensor = net.take(pack(logits=Marker.apply(net.a(x)), features=x))  # type: ignore[no-untyped-call]
+        return out
+
+    model, x = Net(run, a=nn.Linear(3, 3), take=Taking()), torch.randn(5, 3)
+    Marker.graphs.clear()
+    optimizer = DDPNOpt(model)
+    model(x)
+    optimizer.step(lambda: model(x).square().mean())
+    gc.collect()
+    assert len(Marker.graphs) == 2
     assert not any(ref() for ref in Marker.graphs)
 
 
@@ -313,6 +344,26 @@ def test_what_cannot_be_followed_is_said_once(run: Callable[[Any, Tensor], Tenso
     for _ in range(3):
         step()
     assert losses[-1] < losses[0]
+
+
+def test_calls_without_gradients_are_counted_in_both_passes() -> None:
+    def weights(extra: bool) -> list[Tensor]:
+        def run(net: Any, x: Tensor) -> Tensor:
+            h = net.stem(x)
+            if extra:
+                with torch.no_grad():
+                    net.act(2 * h)
+            skip = net.act(h)  # known from this exit on
+            out: Tensor = net.head(torch.sin(skip) + net.b(torch.tanh(net.a(skip))))
+            return out
+
+        torch.manual_seed(3)
+        linear = nn.Linear
+        model = Net(run, stem=linear(3, 4), act=nn.Tanh(), a=linear(4, 4), b=linear(4, 4), head=linear(4, 3))
+        return trained(model, torch.randn(5, 3), lr=1.0)
+
+    for new, wanted in zip(weights(True), weights(False), strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -44,15 +44,24 @@ class Cut:
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a tensor's gradient from after a cut: all of it, less what consumers before the cut brought.
+    """The part of a tensor's gradient from after a cut.
 
     Args:
         before: uses before the cut.
+        after: uses after the cut.
         split: uses by a node through which the cut moves back for a part of the node's own gradient.
+        leaves: whether the tensor is an output of the model, so that its gradient also comes from outside.
     """
 
-    before: tuple[Edge, ...] = ()
-    split: tuple[tuple[Edge, "Split"], ...] = ()
+    before: tuple[Edge, ...]
+    after: tuple[Edge, ...]
+    split: tuple[tuple[Edge, "Split"], ...]
+    leaves: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the gradient."""
+        return not self.before and not self.split
 
 
 @dataclass(frozen=True)
@@ -174,13 +183,16 @@ def _trace(
             if len(before) == len(uses) and (node, k) not in outputs:
                 whole = False
                 continue
-            share = Share(before, tuple((use, part) for use in uses if (part := moved.get(use[0])) is not None))
+            split = tuple((use, part) for use in uses if (part := moved.get(use[0])) is not None)
+            part_of = {*before, *(use for use, _ in split)}
+            after = tuple(use for use in uses if use not in part_of)
+            share = Share(before, after, split, (node, k) in outputs)
             if known.get((node, k), cut.boundary + 1) <= cut.boundary:
                 found.live[(node, k), share].append(t)
                 whole = False
             else:
                 unknown[k] = share
-                whole = whole and share == Share()
+                whole = whole and share.whole
         if not unknown:
             continue
         if not whole and (reason := _cannot_split(node, hooked=hooked)):

@@ -67,11 +67,12 @@ class Taps:
     def terms(self, key: Key, part: Share) -> Terms:
         """The share ``part`` of the gradient at ``key``, as slots with signs."""
         node, k = key
-        terms = [(self._slot(self._own[node], k), 1)]
-        terms += [(self._use(use), -1) for use in part.before]
-        for use, split in part.split:
-            terms += [(self._use(use), -1), (self._part(split, use[1]), 1)]
-        return tuple(terms)
+        if not part.whole and not part.leaves:
+            terms = [(self._use(use), 1) for use in part.after]
+        else:  # what comes from outside the model has no use of its own: it is what the others leave
+            terms = [(self._slot(self._own[node], k), 1)]
+            terms += [(self._use(use), -1) for use in (*part.before, *(use for use, _ in part.split))]
+        return (*terms, *((self._part(split, use[1]), 1) for use, split in part.split))
 
     def edges(self) -> list[tuple[int, GradientEdge]]:
         """Where to differentiate for the slots of whole tensors: nodes that only these need are not executed."""
@@ -82,9 +83,9 @@ class Taps:
         for node in dict.fromkeys([*self._own, *self._parts]):
             parts = list(self._parts.get(node, {}).values())
             node.register_prehook(_Before(ear, slots, self._own.get(node, {}), parts))
-        for node, uses in self._uses.items():
+        for node in dict.fromkeys([*self._uses, *self._parts]):
             split = [into for _, into in self._parts.get(node, {}).values()]
-            node.register_hook(_After(ear, slots, uses, split))
+            node.register_hook(_After(ear, slots, self._uses.get(node, {}), split))
 
     def _slot(self, slots: dict[int, int], i: int) -> int:
         if i not in slots:

@@ -3,8 +3,9 @@
 Records only: :mod:`ddpnopt.trajectory` fills them. A pass holds nothing of the graph but, at most, its edges.
 """
 
+import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -72,7 +73,7 @@ class Live:
         place: where it can be measured.
         value: nominal, detached; ``version`` counts the writes into it until then.
         dim: which of its dimensions is the batch.
-        terms: the gradient ``p`` as slots of :attr:`State.cotangents` with their signs, the tensor's own in front.
+        terms: the gradient ``p`` as slots of :attr:`State.cotangents` with their signs.
         stages: the stages.
     """
 
@@ -192,15 +193,12 @@ def versions(tree: Any) -> list[int]:
 
 
 def signed_sum(cotangents: Sequence[Tensor | None], terms: Sequence[tuple[int, int]]) -> Tensor | None:
-    """A sum of slots with signs; ``None`` if no gradient came to the first, the tensor's own."""
-    (own, _), *rest = terms
-    total = cotangents[own]
-    if total is None:
-        return None
-    for slot, sign in rest:
+    """A sum of slots with signs; ``None`` if no gradient came to any."""
+    total = None
+    for slot, sign in terms:
         part = cotangents[slot]
         if part is not None:
-            total = torch.add(total, part, alpha=sign)
+            total = torch.add(total, part, alpha=sign) if total is not None else part if sign > 0 else -part
     return total
 
 
@@ -220,5 +218,19 @@ def floating(tree: Any) -> list[Tensor]:
 
 
 def detached(tree: Any) -> Any:
-    """The same nested structure with every tensor detached."""
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+    """The same nested structure with every tensor detached, also in mappings and dataclasses."""
+
+    def alone(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach()
+        if isinstance(leaf, MutableMapping):
+            leaf = copy.copy(leaf)
+            for key, value in leaf.items():
+                leaf[key] = detached(value)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            leaf = copy.copy(leaf)
+            for name in (f.name for f in fields(leaf)):
+                object.__setattr__(leaf, name, detached(getattr(leaf, name)))
+        return leaf
+
+    return pytree.tree_map(alone, tree)
