@@ -54,6 +54,10 @@ class Network:
     stages: tuple[Stage, ...]
     loose: tuple[Loose, ...]
 
+    def blocks(self) -> list[Block]:
+        """Of layers and loose parameters, all."""
+        return [b for layer in self.layers for b in layer.blocks] + [x.block for x in self.loose]
+
 
 def read_network(
     model: nn.Module | None,

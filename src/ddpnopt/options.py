@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .curvature import Curvature
 from .dense import Dense, chain_of
 from .terminal import Terminal
+
+OnNonfinite = Literal["raise", "skip"]
 
 
 def check_numbers(group: Mapping[str, Any]) -> None:
@@ -16,11 +19,28 @@ def check_numbers(group: Mapping[str, Any]) -> None:
     ranges = {"lr": "a step size >= 0 such as 0.1", "momentum": "a number in [0, 1)", "weight_decay": "a number >= 0"}
     for name, wanted in ranges.items():
         given = group[name]
-        if not isinstance(given, int | float | Tensor) or (isinstance(given, Tensor) and given.numel() != 1):
+        if isinstance(given, Tensor) and given.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(given.shape)}; give {wanted}")
+        if not isinstance(given, int | float | Tensor):
             raise ValueError(f"Invalid {name}: {given!r}; give {wanted}")
         value = float(given)
         if not (math.isfinite(value) and value >= 0 and (name != "momentum" or value < 1)):
             raise ValueError(f"Invalid {name}: {given!r}; give {wanted}")
+
+
+def check_group(group: Mapping[str, Any], model: nn.Module | None) -> None:
+    """Raise ``ValueError`` where a parameter group asks for what there is not: to maximise, or complex parameters."""
+    if group.get("maximize"):
+        raise ValueError("maximize: there is no such option; call backward on the negative of the objective")
+    names = {p: name for name, p in model.named_parameters()} if model is not None else {}
+    names |= dict(zip(group["params"], group.get("param_names", ()), strict=False))
+    for parameter in group["params"]:
+        if parameter.is_complex() or parameter.layout is not torch.strided:
+            raise ValueError(
+                f"{names.get(parameter, 'a parameter')} of shape {tuple(parameter.shape)} is "
+                f"{parameter.dtype if parameter.is_complex() else parameter.layout}: complex and sparse parameters are "
+                f"not supported; train a real, dense one in its place (torch.view_as_complex turns it in the model)"
+            )
 
 
 def check_chain(model: object, stages: object) -> None:
@@ -30,7 +50,9 @@ def check_chain(model: object, stages: object) -> None:
         raise ValueError("stages: coupling=Dense(...) makes every layer a stage; leave stages out, or use 'batch'")
 
 
-def check_options(curvature: object, terminal: object, coupling: object, feedback: object) -> None:
+def check_options(
+    curvature: object, terminal: object, coupling: object, feedback: object, on_nonfinite: object
+) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless each option is a value of its kind."""
     if not isinstance(curvature, Curvature):
         raise TypeError(f"curvature must be Kronecker(), EigenKronecker(), Adaptive() or Identity(), got {curvature!r}")
@@ -42,3 +64,7 @@ def check_options(curvature: object, terminal: object, coupling: object, feedbac
         )
     if not isinstance(feedback, bool):
         raise TypeError(f"feedback must be True or False, got {feedback!r}")
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValueError(
+            f"on_nonfinite must be 'raise' (an error) or 'skip' (leave the step out), got {on_nonfinite!r}"
+        )

@@ -4,7 +4,6 @@ The open loop of the sample form is the adapted optimizer itself, in torch's ord
 is closed: columns, backward pass over stages, second forward pass.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +28,10 @@ from .value import BatchPolicy, BatchValue, SampleValue
 
 Coupling = Literal["batch", "sample"] | Dense
 VELOCITY = "velocity"
+SILENT = (
+    "it was not seen to run on the batch: one update from the whole batch's gradient. For columns of its own, let the "
+    "model call the module itself on a tensor that leads with the batch, and use no functional form of it"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Task:
 
     def blocks(self) -> list[Block]:
         """Of layers and loose parameters, all."""
-        return [b for layer in self.network.layers for b in layer.blocks] + [x.block for x in self.network.loose]
+        return self.network.blocks()
 
 
 @dataclass
@@ -101,7 +104,7 @@ class Outcome:
         figures: compute diagnostics by stage, if they are asked for.
         actual_decrease: of the loss on the same batch, where a criterion is known.
         failures: factorisations of the value's curvature that had to be tried again.
-        refused: layers whose rule failed, with the reason.
+        refused: layers whose rule failed or that were not seen to run, with the reason.
     """
 
     states: dict[nn.Parameter, State] = field(default_factory=dict)
@@ -119,6 +122,10 @@ def open_loop(task: Task) -> Outcome:
         linearised, _ = task.linearised(Gradient(task.terminal.reduction))
         for layer in task.network.layers:
             columns |= {block.parameters[0]: c for block, c in _read(task, layer, linearised, outcome)}
+        read = {
+            p for layer in task.network.layers for b in layer.blocks if b.parameters[0] in columns for p in b.parameters
+        }
+        _name_the_silent(task, read, outcome)
     for block in task.blocks():
         gradient = task.gradient(block)
         if gradient is None:
@@ -222,23 +229,21 @@ def _read(task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: O
             pairs = list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
         except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
             said = str(error).partition("\n")[0]
-            reason = f"the generic rule failed ({said}): one update from the whole batch's gradient"
-            warnings.warn(f"{layer.name or 'the model'}, {type(layer.module).__name__}: {reason}", stacklevel=2)
-            outcome.refused[layer.name] = reason
+            outcome.refused[layer.name] = (
+                f"the generic rule failed ({said}): one update from the whole batch's gradient"
+            )
             return []
     # a module need not use every parameter it has; one that got no gradient stays, as in torch
     return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
 
 
 def _name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> None:
-    """Warn, once, of layers that have a gradient but no columns: they were used other than by a call on the batch."""
+    """Refuse layers that have a gradient but no columns: they were used other than by a call on the batch."""
     for layer in task.network.layers:
         parameters = [p for block in layer.blocks for p in block.parameters if p in task.gradients]
         if layer.name in outcome.refused or not parameters or not read.isdisjoint(parameters):
             continue
-        reason = "it was not seen to run on the batch: one update from the whole batch's gradient"
-        warnings.warn(f"{layer.name}, {type(layer.module).__name__}: {reason}", stacklevel=2)
-        outcome.refused[layer.name] = reason
+        outcome.refused[layer.name] = SILENT
 
 
 def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
