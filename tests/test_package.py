@@ -17,8 +17,8 @@ CORE = sorted(p for p in ROOT.rglob("*.py") if "experiments" not in p.parts)
 # a module may import only what stands before it
 ORDER = [
     "errors", "linalg", "inverse", "columns", "curvature", "layers", "terminal", "value", "bellman", "network",
-    "conditions", "passes", "finite", "trajectory", "linearise", "rollout", "transaction", "dense", "steps",
-    "evaluation", "options", "persistence", "report", "optimizer",
+    "compiled", "conditions", "passes", "finite", "trajectory", "linearise", "rollout", "transaction", "dense",
+    "steps", "evaluation", "options", "persistence", "report", "optimizer",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compiled import refuse_compiled
 from .curvature import Curvature, Kronecker
 from .dense import Dense
 from .errors import NonFiniteError, StepError
@@ -98,6 +99,7 @@ class DDPNOpt(torch.optim.Optimizer):
         if isinstance(coupling, Dense):
             check_chain(model_or_params, stages)
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
+        refuse_compiled(self.model)
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._steps = 0
@@ -213,6 +215,7 @@ class DDPNOpt(torch.optim.Optimizer):
         found = evaluate(
             closure, self._recorder, self._network, list(self._group_of), every=without_feedback, keep_graph=needs_graph
         )
+        refuse_compiled(self.model, seen=self._recorder is not None and self._recorder.compiled)
         gradients = found.unscaled(loss_scale)
         task = Task(
             self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal, self.coupling,
