@@ -126,9 +126,13 @@ class DDPNOpt(torch.optim.Optimizer):
         self._closed = True
 
     def report(self) -> Report:
-        """Which layer is read by which rule and why, before any training; prints as a table."""
+        """Which layer is read by which rule, why, and at what cost, before any training; prints as a table."""
         self._refresh_network()
-        return describe(self._network, self.curvature, str(self.coupling))
+        owned = self.model.named_parameters() if self.model is not None else ()
+        frozen = {name: p for name, p in owned if p not in self._group_of}
+        names = {parameter: name for name, parameter in self._names.items()}
+        columns = not self._is_base or self.curvature.needs_columns
+        return describe(self._network, self.curvature, str(self.coupling), names, frozen, columns=columns)
 
     def diagnostics(self) -> dict[str, Any]:
         """Figures of the last step.
@@ -196,6 +200,11 @@ class DDPNOpt(torch.optim.Optimizer):
             if self._recorder is not None:
                 self._recorder.forget()
 
+    @property
+    def _is_base(self) -> bool:
+        """Whether this is the optimizer that is adapted, and no more: SGD, RMSprop or EKFAC."""
+        return self.coupling != "batch" and not self.feedback
+
     def _loss_scale(self, closure: object) -> float | None:
         """What a GradScaler has multiplied the loss by, ``None`` if it found inf and the step is to be skipped."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -210,10 +219,9 @@ class DDPNOpt(torch.optim.Optimizer):
         return None if float(found_inf) else float(scale)
 
     def _step(self, closure: Callable[[], Any] | None, loss_scale: float) -> Any:
-        without_feedback = self.coupling != "batch" and not self.feedback
-        needs_graph = self.terminal.needs_loss and not without_feedback
+        needs_graph = self.terminal.needs_loss and not self._is_base
         found = evaluate(
-            closure, self._recorder, self._network, list(self._group_of), every=without_feedback, keep_graph=needs_graph
+            closure, self._recorder, self._network, list(self._group_of), every=self._is_base, keep_graph=needs_graph
         )
         refuse_compiled(self.model, seen=self._recorder is not None and self._recorder.compiled)
         gradients = found.unscaled(loss_scale)
@@ -224,7 +232,7 @@ class DDPNOpt(torch.optim.Optimizer):
         try:
             with Transaction(self._names, self.model, found.passes, gradients) as transaction:
                 check_evaluated(found, self._network if self._recorder is not None else None)
-                outcome = open_loop(task) if without_feedback else closed_loop(task)
+                outcome = open_loop(task) if self._is_base else closed_loop(task)
                 transaction.check(outcome.states)
         except NonFiniteError:
             if self.on_nonfinite == "raise":

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .layers import Block
 
@@ -77,7 +77,7 @@ def check_fits(state_dict: StateDict, groups: Iterable[Mapping[str, Any]], block
         state = state_dict["state"].get(key_of[block.parameters[0]], {})
         if state.get("parameters", len(block.parameters)) != len(block.parameters):
             continue  # the block was of other parameters; the step starts its state anew
-        out, fan_in = _shape(block)
+        out, fan_in = block.shape
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim and tuple(value.shape) not in _shapes(key, out, fan_in):
                 raise ValueError(
@@ -97,15 +97,6 @@ def keep_precision(state_dict: StateDict, groups: Iterable[Mapping[str, Any]], s
         for name, value in state_dict["state"].get(key, {}).items():
             kept = value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
             state[parameter][name] = kept
-
-
-def _shape(block: Block) -> tuple[int, int]:
-    """``out, fan_in`` of a block's matrix."""
-    return _rows(block.parameters[0]), sum(p.numel() // max(_rows(p), 1) for p in block.parameters)
-
-
-def _rows(parameter: nn.Parameter) -> int:
-    return len(parameter) if parameter.ndim else 1
 
 
 def _shapes(key: str, out: int, fan_in: int) -> list[tuple[int, ...]]:
