@@ -18,7 +18,7 @@ CORE = sorted(p for p in ROOT.rglob("*.py") if "experiments" not in p.parts)
 ORDER = [
     "errors", "linalg", "inverse", "columns", "curvature", "layers", "terminal", "value", "bellman", "network",
     "compiled", "conditions", "passes", "finite", "trajectory", "linearise", "rollout", "transaction", "dense",
-    "steps", "evaluation", "options", "persistence", "report", "optimizer",
+    "steps", "evaluation", "options", "persistence", "scaling", "report", "optimizer",
 ]  # fmt: skip
 
 

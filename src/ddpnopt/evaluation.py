@@ -120,8 +120,11 @@ def check_evaluated(found: Evaluated, network: Network | None) -> None:
 
 
 def _own(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    own = {p: p.grad for p in parameters if p.grad is not None}
-    return {p: gradient.to_dense() if gradient.is_sparse else gradient for p, gradient in own.items()}
+    return _dense({p: p.grad for p in parameters if p.grad is not None})
+
+
+def _dense(gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    return {p: gradient.to_dense() if gradient.is_sparse else gradient for p, gradient in gradients.items()}
 
 
 def _not_in_columns(network: Network, passes: Sequence[Pass]) -> list[nn.Parameter]:
@@ -145,7 +148,7 @@ def _differentiated(
     for (cotangents, i, _), value in zip(edges, values, strict=False):
         cotangents[i] = value
     gradients = zip(parameters, values[len(edges) :], strict=True)
-    return {p: gradient for p, gradient in gradients if gradient is not None}
+    return _dense({p: gradient for p, gradient in gradients if gradient is not None})
 
 
 def _check_number(loss: Any) -> None:

@@ -18,6 +18,7 @@ from .network import Network, read_network
 from .options import OnNonfinite, check_chain, check_group, check_numbers, check_options
 from .persistence import loading, saving
 from .report import Report, describe
+from .scaling import loss_scale_of
 from .steps import Coupling, Outcome, Task, closed_loop, open_loop
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
@@ -187,10 +188,10 @@ class DDPNOpt(torch.optim.Optimizer):
             check_numbers(group)
         self._refresh_network()
         try:
-            if (scale := self._loss_scale(closure)) is None:
+            if bool(getattr(self, "found_inf", False)):  # a GradScaler's word
                 self._skipped += 1
                 return None
-            return self._step(closure, scale)
+            return self._step(closure, self._told_scale(closure))
         except BaseException:
             # a scaler takes its marks back after a step that returns, and only then
             self.__dict__.pop("found_inf", None)
@@ -205,33 +206,34 @@ class DDPNOpt(torch.optim.Optimizer):
         """Whether this is the optimizer that is adapted, and no more: SGD, RMSprop or EKFAC."""
         return self.coupling != "batch" and not self.feedback
 
-    def _loss_scale(self, closure: object) -> float | None:
-        """What a GradScaler has multiplied the loss by, ``None`` if it found inf and the step is to be skipped."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is None:
+    def _told_scale(self, closure: object) -> float | None:
+        """What a GradScaler says it has multiplied the loss by; ``None`` after ``scaler.unscale_``: it does not say."""
+        if not hasattr(self, "found_inf"):
             return 1.0
+        if closure is not None:
+            raise StepError("with a GradScaler call scaler.step(optimizer) without a closure, after the backward pass")
         scale: Tensor | None = getattr(self, "grad_scale", None)
-        if closure is not None or scale is None:
-            raise StepError(
-                "with a GradScaler call scaler.step(optimizer) without a closure and without scaler.unscale_(optimizer)"
-                " before: the layers' columns carry the scale, and only scaler.step tells it"
-            )
-        return None if float(found_inf) else float(scale)
+        return None if scale is None else float(scale)
 
-    def _step(self, closure: Callable[[], Any] | None, loss_scale: float) -> Any:
+    def _step(self, closure: Callable[[], Any] | None, told_scale: float | None) -> Any:
         needs_graph = self.terminal.needs_loss and not self._is_base
         found = evaluate(
             closure, self._recorder, self._network, list(self._group_of), every=self._is_base, keep_graph=needs_graph
         )
         refuse_compiled(self.model, seen=self._recorder is not None and self._recorder.compiled)
-        gradients = found.unscaled(loss_scale)
-        task = Task(
-            self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal, self.coupling,
-            self.feedback, self._recorder, found.passes, gradients, found.graph, loss_scale, self._steps,
-        )  # fmt: skip
+        gradients = found.unscaled(1.0 if told_scale is None else told_scale)
         try:
             with Transaction(self._names, self.model, found.passes, gradients) as transaction:
                 check_evaluated(found, self._network if self._recorder is not None else None)
+                if told_scale is None and self._recorder is not None:
+                    told_scale = loss_scale_of(
+                        self._network, found.passes, self._recorder, gradients, self.terminal.reduction
+                    )
+                task = Task(
+                    self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal,
+                    self.coupling, self.feedback, self._recorder, found.passes, gradients, found.graph,
+                    told_scale or 1.0, self._steps,
+                )  # fmt: skip
                 outcome = open_loop(task) if self._is_base else closed_loop(task)
                 transaction.check(outcome.states)
         except NonFiniteError:
@@ -239,12 +241,12 @@ class DDPNOpt(torch.optim.Optimizer):
                 raise
             self._skipped += 1
         else:
-            self._commit(task, outcome)
+            self._commit(outcome)
         return found.loss
 
-    def _commit(self, task: Task, outcome: Outcome) -> None:
+    def _commit(self, outcome: Outcome) -> None:
         """Keep what a step leaves; its weights have moved already."""
-        sizes = {block.parameters[0]: len(block.parameters) for block in task.blocks()}
+        sizes = {block.parameters[0]: len(block.parameters) for block in self._network.blocks()}
         for parameter, state in outcome.states.items():
             self.state[parameter] = {**state, "parameters": sizes[parameter]}
         self._steps += 1

@@ -228,7 +228,7 @@ def _read(task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: O
         try:
             pairs = list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
         except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
-            said = str(error).partition("\n")[0]
+            said = str(error).partition("\n")[0].partition(". ")[0]
             outcome.refused[layer.name] = (
                 f"the generic rule failed ({said}): one update from the whole batch's gradient"
             )
