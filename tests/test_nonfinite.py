@@ -288,7 +288,7 @@ class Finicky(nn.Module):
 
 def test_a_model_that_refuses_the_spoiled_weights_in_the_second_pass() -> None:
     model, criterion = nn.Sequential(nn.Linear(4, 6), Finicky(), nn.Linear(6, 3)), nn.CrossEntropyLoss()
-    optimizer = DDPNOpt(model, on_nonfinite="skip", curvature=Identity())
+    optimizer = DDPNOpt(model, 0.01, on_nonfinite="skip", curvature=Identity(), coupling="sample")
     ((x, y),) = batches(1, None, NAN)
     before = copy.deepcopy(model.state_dict())
     (criterion(model(x), y) * NAN).backward()
