@@ -266,6 +266,16 @@ def test_the_parameter_is_named_where_no_layer_is_at_fault() -> None:
     assert torch.equal(weight.detach(), torch.ones(3))
 
 
+def test_parameters_given_the_same_name_are_both_restored() -> None:
+    ones = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = DDPNOpt([("same", p) for p in ones], curvature=Identity(), coupling="sample", feedback=False)
+    for i, parameter in enumerate(ones):
+        parameter.grad = torch.full((2,), NAN if i == 2 else 1.0)
+    with pytest.raises(StepError, match="the gradient of parameter 2 is not finite"):
+        optimizer.step()
+    assert all(torch.equal(p.detach(), torch.ones(2)) for p in ones)
+
+
 @pytest.mark.parametrize("coupling", ["batch", "sample"])
 def test_curvature_that_overflows_while_the_weights_do_not(coupling: Any) -> None:
     """A squared gradient of inf would stop its parameter for good, without a word."""

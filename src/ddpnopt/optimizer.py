@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .compiled import refuse_compiled
 from .curvature import Curvature, Kronecker
@@ -15,10 +15,10 @@ from .dense import Dense
 from .errors import NonFiniteError, StepError
 from .evaluation import check_evaluated, evaluate
 from .network import Network, read_network
-from .options import OnNonfinite, check_chain, check_group, check_numbers, check_options
+from .options import OnNonfinite, check_chain, check_group, check_numbers, check_options, named
 from .persistence import loading, saving
 from .report import Report, describe
-from .scaling import loss_scale_of
+from .scaling import found_scale, told_scale
 from .steps import Coupling, Outcome, Task, closed_loop, open_loop
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
@@ -191,7 +191,7 @@ class DDPNOpt(torch.optim.Optimizer):
             if bool(getattr(self, "found_inf", False)):  # a GradScaler's word
                 self._skipped += 1
                 return None
-            return self._step(closure, self._told_scale(closure))
+            return self._step(closure, told_scale(self, closure))
         except BaseException:
             # a scaler takes its marks back after a step that returns, and only then
             self.__dict__.pop("found_inf", None)
@@ -206,33 +206,22 @@ class DDPNOpt(torch.optim.Optimizer):
         """Whether this is the optimizer that is adapted, and no more: SGD, RMSprop or EKFAC."""
         return self.coupling != "batch" and not self.feedback
 
-    def _told_scale(self, closure: object) -> float | None:
-        """What a GradScaler says it has multiplied the loss by; ``None`` after ``scaler.unscale_``: it does not say."""
-        if not hasattr(self, "found_inf"):
-            return 1.0
-        if closure is not None:
-            raise StepError("with a GradScaler call scaler.step(optimizer) without a closure, after the backward pass")
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        return None if scale is None else float(scale)
-
-    def _step(self, closure: Callable[[], Any] | None, told_scale: float | None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None, scale: float | None) -> Any:
         needs_graph = self.terminal.needs_loss and not self._is_base
         found = evaluate(
             closure, self._recorder, self._network, list(self._group_of), every=self._is_base, keep_graph=needs_graph
         )
         refuse_compiled(self.model, seen=self._recorder is not None and self._recorder.compiled)
-        gradients = found.unscaled(1.0 if told_scale is None else told_scale)
+        gradients = found.unscaled(1.0 if scale is None else scale)
         try:
             with Transaction(self._names, self.model, found.passes, gradients) as transaction:
                 check_evaluated(found, self._network if self._recorder is not None else None)
-                if told_scale is None and self._recorder is not None:
-                    told_scale = loss_scale_of(
-                        self._network, found.passes, self._recorder, gradients, self.terminal.reduction
-                    )
+                if scale is None and self._recorder is not None:
+                    scale = found_scale(self._network, found.passes, self._recorder, gradients, self.terminal.reduction)
                 task = Task(
                     self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal,
                     self.coupling, self.feedback, self._recorder, found.passes, gradients, found.graph,
-                    told_scale or 1.0, self._steps,
+                    scale or 1.0, self._steps,
                 )  # fmt: skip
                 outcome = open_loop(task) if self._is_base else closed_loop(task)
                 transaction.check(outcome.states)
@@ -257,8 +246,6 @@ class DDPNOpt(torch.optim.Optimizer):
             if (reason := outcome.refused.get(layer.name)) is not None:
                 warnings.warn(f"{layer.name or 'the model'}, {type(layer.module).__name__}: {reason}", stacklevel=4)
 
-    # --- what the optimizer is connected to ------------------------------------------------------------------
-
     def _connect(self) -> None:
         """Hook the model's layers and stages, whether or not they are trained at present."""
         self._signature: tuple[Any, ...] = ()
@@ -280,15 +267,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._signature = signature
         self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad}
         self._network: Network = read_network(self.model, self._group_of, self.stages, self._refused)
-        known = {
-            p: n
-            for group in self.param_groups
-            for n, p in zip(group.get("param_names", ()), group["params"], strict=False)
-        }
-        known |= {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
-        self._names = {known.get(p, f"parameter {i}"): p for i, p in enumerate(self._group_of)}
-
-    # --- persistence -----------------------------------------------------------------------------------------
+        self._names = named(self._group_of, self.param_groups, self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""

@@ -1,7 +1,7 @@
 """What the optimizer accepts; each refusal names the value and says what to give instead."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -32,15 +32,26 @@ def check_group(group: Mapping[str, Any], model: nn.Module | None) -> None:
     """Raise ``ValueError`` where a parameter group asks for what there is not: to maximise, or complex parameters."""
     if group.get("maximize"):
         raise ValueError("maximize: there is no such option; call backward on the negative of the objective")
-    names = {p: name for name, p in model.named_parameters()} if model is not None else {}
-    names |= dict(zip(group["params"], group.get("param_names", ()), strict=False))
-    for parameter in group["params"]:
+    for name, parameter in named(group["params"], [group], model).items():
         if parameter.is_complex() or parameter.layout is not torch.strided:
             raise ValueError(
-                f"{names.get(parameter, 'a parameter')} of shape {tuple(parameter.shape)} is "
+                f"{name} of shape {tuple(parameter.shape)} is "
                 f"{parameter.dtype if parameter.is_complex() else parameter.layout}: complex and sparse parameters are "
                 f"not supported; train a real, dense one in its place (torch.view_as_complex turns it in the model)"
             )
+
+
+def named(
+    parameters: Iterable[nn.Parameter], groups: Iterable[Mapping[str, Any]], model: nn.Module | None
+) -> dict[str, nn.Parameter]:
+    """Parameters by name, in their order: the model's, else the one given in their group, else their number."""
+    known = {p: n for g in groups for n, p in zip(g.get("param_names", ()), g["params"], strict=False)}
+    known |= {p: name for name, p in model.named_parameters()} if model is not None else {}
+    names: dict[str, nn.Parameter] = {}
+    for i, parameter in enumerate(parameters):
+        name = known.get(parameter, f"parameter {i}")
+        names[f"parameter {i}" if name in names else name] = parameter  # names that are given may be given twice
+    return names
 
 
 def check_chain(model: object, stages: object) -> None:

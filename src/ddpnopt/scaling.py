@@ -1,4 +1,4 @@
-"""What the loss was multiplied by before its backward pass, read off the gradients once nobody tells any more."""
+"""What the loss was multiplied by before its backward pass: as a GradScaler says, or read off the gradients."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,21 @@ from .terminal import Gradient, Reduction
 from .trajectory import Recorder
 
 
-def loss_scale_of(
+def told_scale(optimizer: torch.optim.Optimizer, closure: object) -> float | None:
+    """What a GradScaler says it has multiplied the loss by; ``None`` after ``scaler.unscale_``: it does not say.
+
+    Raises:
+        StepError: if there is a closure as well: torch's scalers do not scale its loss.
+    """
+    if not hasattr(optimizer, "found_inf"):
+        return 1.0
+    if closure is not None:
+        raise StepError("with a GradScaler call scaler.step(optimizer) without a closure, after the backward pass")
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    return None if scale is None else float(scale)
+
+
+def found_scale(
     network: Network,
     passes: Sequence[Pass],
     recorder: Recorder,
