@@ -238,8 +238,12 @@ class SpoilsGradients(nn.Module):
 @pytest.mark.parametrize(
     ("between", "scale", "says"),
     [
-        (Log(), 1.0, r"the input of layer '2' \(Linear\) is not finite; weights"),
-        (SpoilsGradients(), 1.0, r"the gradient at the output of layer '0' \(Linear\) is not finite; weights"),
+        (Log(), 1.0, r"the input of layer '2' \(Linear\) is not finite \(nan or inf\); weights"),
+        (
+            SpoilsGradients(),
+            1.0,
+            r"the gradient at the output of layer '0' \(Linear\) is not finite \(nan or inf\); weights",
+        ),
         (nn.Tanh(), NAN, r"the gradient at the output of layer '0' \(Linear\) is not finite, nor is the gradient that"),
     ],
 )

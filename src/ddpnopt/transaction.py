@@ -57,8 +57,8 @@ class Transaction:
         if where is not None or of_numbers:
             said = [str(error)] if of_numbers else []
             raise NonFiniteError(
-                f"{': '.join([*said, where] if where else said)}; weights and optimizer state are unchanged. Check "
-                f"this batch, or make the optimizer with on_nonfinite='skip' to leave such steps out"
+                f"{': '.join([*said, where] if where else said)} (nan or inf); weights and optimizer state are "
+                f"unchanged. Check this batch, or make the optimizer with on_nonfinite='skip' to leave such steps out"
             ) from error
 
     def _culprit(self) -> str | None:
