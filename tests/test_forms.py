@@ -308,15 +308,6 @@ def test_a_grad_scaler_changes_nothing(coupling: Any, feedback: bool) -> None:
         torch.testing.assert_close(new, wanted, rtol=1e-9, atol=1e-10)
 
 
-def test_unscaling_by_hand_is_refused() -> None:
-    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
-    optimizer, scaler = DDPNOpt(case.model), torch.amp.GradScaler("cpu")
-    scaler.scale(criterion(case.model(case.x), case.y)).backward()
-    scaler.unscale_(optimizer)
-    with pytest.raises(ValueError, match="unscale_"):
-        scaler.step(optimizer)
-
-
 def test_gradients_without_a_forward_pass_of_the_model_are_refused() -> None:
     case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
     optimizer = DDPNOpt(case.model)

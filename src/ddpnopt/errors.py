@@ -1,4 +1,4 @@
-"""The one exception that belongs to the library."""
+"""The exceptions that belong to the library."""
 
 
 class StepError(ValueError, RuntimeError):
@@ -8,3 +8,7 @@ class StepError(ValueError, RuntimeError):
     loss, a gradient or an update is not finite, and when the second forward pass does not retrace the first.
     It is a ``ValueError`` and a ``RuntimeError``, so that loops which catch either keep working.
     """
+
+
+class NonFiniteError(StepError):
+    """The kind of :class:`StepError` that ``on_nonfinite="skip"`` turns into a step left out."""

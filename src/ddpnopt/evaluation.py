@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import StepError
+from .errors import NonFiniteError, StepError
 from .network import Network
 from .passes import Pass
 from .trajectory import Recorder
@@ -59,21 +59,22 @@ def evaluate(
         keep_graph: whether a graph that the closure left will be used for more columns.
 
     Raises:
-        StepError: if the loss is not finite, or a forward pass of another batch has followed the backward pass.
+        StepError: if the closure returned more than one number, or a forward pass of another batch has followed the
+            backward pass.
     """
     if closure is None:
         return Evaluated(None, recorder.take() if recorder else [], _own(parameters))
     if recorder is None:
         with torch.enable_grad():
             loss = closure()
-        _check_loss(loss)
+        _check_number(loss)
         gradients = _own(parameters)
         if not gradients and isinstance(loss, Tensor) and loss.requires_grad:
             gradients = _differentiated(loss, [], parameters, retain_graph=False)
         return Evaluated(loss, [], gradients)
     with torch.enable_grad(), recorder.keeping_graph() as kept:
         loss = closure()
-    _check_loss(loss)
+    _check_number(loss)
     earlier = recorder.take()
     fresh = [p for p in kept if not p.reached and p.edges]
     if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
@@ -87,8 +88,24 @@ def evaluate(
     return Evaluated(loss, [*earlier, *fresh], gradients, loss if keep_graph else None)
 
 
-def check_evaluated(found: Evaluated, network: Network) -> None:
-    """Raise :class:`StepError` if there is nothing to step from, or the model's layers were not seen to run."""
+def check_evaluated(found: Evaluated, network: Network | None) -> None:
+    """Raise :class:`StepError` if there is nothing to step from, or the model's layers were not seen to run.
+
+    Args:
+        found: to be checked.
+        network: of the model; ``None`` for bare parameters, where a step without a gradient does nothing, as in torch.
+
+    Raises:
+        NonFiniteError: if the loss is not finite.
+    """
+    if any(p.batch == 0 for p in found.passes):
+        raise StepError("the batch is empty: the model was called on an input of length 0")
+    loss = found.loss
+    value = float(loss.detach() if isinstance(loss, Tensor) else loss) if isinstance(loss, Tensor | float) else 0.0
+    if not math.isfinite(value):
+        raise NonFiniteError(f"the loss is {value}")
+    if network is None:
+        return
     if not found.passes and not found.gradients:
         raise StepError(
             "step() found no gradient: call loss.backward() first, on a loss of the model that this optimizer was "
@@ -97,10 +114,9 @@ def check_evaluated(found: Evaluated, network: Network) -> None:
     if not found.passes and network.layers:
         raise StepError(
             "step() found gradients but saw no forward pass of the model since the last step: step once per backward "
-            "pass, and train through the very module this optimizer was made with, not a compiled copy or a part of it"
+            "pass, and train through the very module this optimizer was made with, not a part of it, nor through "
+            "what torch.compile made of it (which ignores hooks younger than its first call)"
         )
-    if any(p.batch == 0 for p in found.passes):
-        raise StepError("the batch is empty: the model was called on an input of length 0")
 
 
 def _own(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
@@ -137,11 +153,8 @@ def _differentiated(
     return _dense(dict(zip(parameters, values[len(edges) :], strict=True)))
 
 
-def _check_loss(loss: Any) -> None:
+def _check_number(loss: Any) -> None:
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise StepError(
             f"the closure returned a tensor of shape {tuple(loss.shape)}; return one number, the batch's loss"
         )
-    value = float(loss.detach() if isinstance(loss, Tensor) else loss) if isinstance(loss, Tensor | float) else 0.0
-    if not math.isfinite(value):
-        raise StepError(f"the loss is {value}; weights and optimizer state are unchanged")

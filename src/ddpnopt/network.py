@@ -68,6 +68,11 @@ class Network:
     tied: tuple[Tied, ...]
     loose: tuple[Loose, ...]
 
+    def blocks(self) -> list[Block]:
+        """Of layers, tied and loose parameters, all."""
+        inside = [block for layer in self.layers for block in layer.blocks]
+        return inside + [x.block for x in self.tied] + [x.block for x in self.loose]
+
 
 def read_network(
     model: nn.Module | None,

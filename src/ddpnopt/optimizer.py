@@ -1,21 +1,25 @@
 """``DDPNOpt``: parameter groups, life time, the step's order of events. No mathematics lives here."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .compiled import refuse_compiled
 from .coupling import Coupling, is_joint
 from .curvature import Curvature, Kronecker
 from .dense import Dense
-from .errors import StepError
+from .errors import NonFiniteError, StepError
 from .evaluation import check_evaluated, evaluate
 from .network import Network, is_chain, read_network
-from .options import check_chain, check_numbers, check_options, check_stages
+from .options import OnNonfinite, check_chain, check_group, check_numbers, check_options, check_stages, named
+from .persistence import loading, saving
 from .report import Report, describe
+from .scaling import found_scale, told_scale
 from .steps import Outcome, Task, closed_loop, open_loop
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
@@ -49,10 +53,15 @@ class DDPNOpt(torch.optim.Optimizer):
         stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
             layers inside one move together. Default: every layer is a stage, and its state, all that lives at its
             cut, is found in autograd's graph.
+        on_nonfinite: what to do with a step whose loss, gradients, curvature or new weights are not all finite; it
+            changes neither weights nor state. ``"raise"`` (default): :class:`StepError` naming the layer;
+            ``"skip"``: leave it out and count it in :meth:`diagnostics`. What the forward pass itself has changed
+            (running statistics, random generators) stays, as after any forward pass.
 
     Raises:
-        ValueError: if a number is out of range, ``coupling`` is unknown or ``Dense`` on a model that is no chain, or
-            ``stages`` names no module or does not go with ``coupling``.
+        ValueError: if a number is out of range, ``coupling`` or ``on_nonfinite`` is unknown, ``coupling`` is
+            ``Dense`` on a model that is no chain, ``stages`` names no module or does not go with ``coupling``, or a
+            parameter is complex.
         TypeError: if ``curvature`` or ``terminal`` is not one, or ``feedback`` is not a bool.
 
     Example:
@@ -85,20 +94,24 @@ class DDPNOpt(torch.optim.Optimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         stages: Sequence[str | nn.Module] | None = None,
+        on_nonfinite: OnNonfinite = "raise",
     ):
         self.curvature = Kronecker() if curvature is None else curvature
         self.terminal = Gradient() if terminal is None else terminal
-        self.coupling, self.feedback, self.stages = coupling, feedback, stages
-        check_options(self.curvature, self.terminal, coupling, feedback)
+        self.coupling, self.feedback, self.stages, self.on_nonfinite = coupling, feedback, stages, on_nonfinite
+        check_options(self.curvature, self.terminal, coupling, feedback, on_nonfinite)
         check_stages(coupling, stages)
+        check_numbers({"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         if isinstance(coupling, Dense):
             check_chain(model_or_params)
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
+        refuse_compiled(self.model)
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._steps = 0
         self._refused: dict[str, str] = {}
         self._failures = 0
+        self._skipped = 0
         self._last: Outcome | None = None
         self._closed = False
         self._connect()
@@ -107,6 +120,11 @@ class DDPNOpt(torch.optim.Optimizer):
         """Add a group of parameters; its ``lr``, ``momentum`` and ``weight_decay`` are checked as at construction."""
         check_numbers({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1], self.model)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def close(self) -> None:
         """Take every hook off the model; the optimizer cannot step its layers afterwards."""
@@ -114,9 +132,13 @@ class DDPNOpt(torch.optim.Optimizer):
         self._closed = True
 
     def report(self) -> Report:
-        """Which layer is read by which rule and why, before any training; prints as a table."""
+        """Which layer is read by which rule, why, and at what cost, before any training; prints as a table."""
         self._refresh_network()
-        return describe(self._network, self.curvature, str(self.coupling))
+        owned = self.model.named_parameters() if self.model is not None else ()
+        frozen = {name: p for name, p in owned if p not in self._group_of}
+        names = {parameter: name for name, parameter in self._names.items()}
+        columns = not self._is_base or self.curvature.needs_columns
+        return describe(self._network, self.curvature, str(self.coupling), names, frozen, columns=columns)
 
     def diagnostics(self) -> dict[str, Any]:
         """Figures of the last step.
@@ -126,10 +148,12 @@ class DDPNOpt(torch.optim.Optimizer):
             ``|du|_R``, ``"feedback"``, that of what ``K dx`` added, and ``"predicted_decrease"``; the sum of these,
             ``"predicted_decrease"`` of the batch's loss, open loop; ``"actual_decrease"``, ``None`` unless the terminal
             has a criterion; ``"factorisation_failures"``, how often a factorisation had to be tried again since
-            the start. Empty before the first step.
+            the start; ``"skipped_steps"``, how many steps were left out since the start because something was not
+            finite, by ``on_nonfinite="skip"`` or by a GradScaler. Before the first step, and after loading, the
+            last of these alone.
         """
         if self._last is None:
-            return {}
+            return {"skipped_steps": self._skipped}
         layers = {name: figures() for name, figures in self._last.figures.items()}
         actual = self._last.actual_decrease
         return {
@@ -137,6 +161,7 @@ class DDPNOpt(torch.optim.Optimizer):
             "predicted_decrease": sum(figures["predicted_decrease"] for figures in layers.values()),
             "actual_decrease": None if actual is None else float(actual),
             "factorisation_failures": sum(s.get("failures", 0) for s in self.state.values()) + self._failures,
+            "skipped_steps": self._skipped,
         }
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -159,8 +184,8 @@ class DDPNOpt(torch.optim.Optimizer):
 
         Raises:
             StepError: (a ``ValueError`` and a ``RuntimeError``) if there was no backward pass, the batch is empty
-                or was changed since, or anything is not finite. Weights and state are then as before the call, as
-                they are after any other exception.
+                or was changed since, or anything is not finite (see ``on_nonfinite``). Weights and state are then
+                as before the call, as they are after any other exception.
         """
         if self._closed:
             raise StepError("this optimizer was closed; make a new one to go on training")
@@ -168,52 +193,63 @@ class DDPNOpt(torch.optim.Optimizer):
             check_numbers(group)
         self._refresh_network()
         try:
-            if (scale := self._loss_scale(closure)) is None:
+            if bool(getattr(self, "found_inf", False)):  # a GradScaler's word
+                self._skipped += 1
                 return None
-            return self._step(closure, scale)
+            return self._step(closure, told_scale(self, closure))
+        except BaseException:
+            # a scaler takes its marks back after a step that returns, and only then
+            self.__dict__.pop("found_inf", None)
+            self.__dict__.pop("grad_scale", None)
+            raise
         finally:
             if self._recorder is not None:
                 self._recorder.forget()
 
-    def _loss_scale(self, closure: object) -> float | None:
-        """What a GradScaler has multiplied the loss by, ``None`` if it found inf and the step is to be skipped."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is None:
-            return 1.0
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        if closure is not None or scale is None:
-            raise StepError(
-                "with a GradScaler call scaler.step(optimizer) without a closure and without scaler.unscale_(optimizer)"
-                " before: the layers' columns carry the scale, and only scaler.step tells it"
-            )
-        return None if float(found_inf) else float(scale)
+    @property
+    def _is_base(self) -> bool:
+        """Whether this is the optimizer that is adapted, and no more: SGD, RMSprop or EKFAC."""
+        return not is_joint(self.coupling) and not self.feedback
 
-    def _step(self, closure: Callable[[], Any] | None, loss_scale: float) -> Any:
-        without_feedback = not is_joint(self.coupling) and not self.feedback
-        needs_graph = self.terminal.needs_loss and not without_feedback
+    def _step(self, closure: Callable[[], Any] | None, scale: float | None) -> Any:
+        needs_graph = self.terminal.needs_loss and not self._is_base
         found = evaluate(
-            closure, self._recorder, self._network, list(self._group_of), every=without_feedback, keep_graph=needs_graph
+            closure, self._recorder, self._network, list(self._group_of), every=self._is_base, keep_graph=needs_graph
         )
-        if self._recorder is not None:
-            check_evaluated(found, self._network)
-        gradients = found.unscaled(loss_scale)
-        task = Task(
-            self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal, self.coupling,
-            self.feedback, self._recorder, found.passes, gradients, found.graph, loss_scale, self._steps,
-        )  # fmt: skip
-        with Transaction(self._names) as transaction:
-            outcome = open_loop(task) if without_feedback else closed_loop(task)
-            transaction.check()
-        sizes = {block.parameters[0]: len(block.parameters) for block in task.blocks()}
+        refuse_compiled(self.model, seen=self._recorder is not None and self._recorder.compiled)
+        gradients = found.unscaled(1.0 if scale is None else scale)
+        try:
+            with Transaction(self._names, self.model, found.passes, gradients) as transaction:
+                check_evaluated(found, self._network if self._recorder is not None else None)
+                if scale is None and self._recorder is not None:
+                    scale = found_scale(self._network, found.passes, self._recorder, gradients, self.terminal.reduction)
+                task = Task(
+                    self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal,
+                    self.coupling, self.feedback, self._recorder, found.passes, gradients, found.graph,
+                    scale or 1.0, self._steps,
+                )  # fmt: skip
+                outcome = open_loop(task) if self._is_base else closed_loop(task)
+                transaction.check(outcome.states)
+        except NonFiniteError:
+            if self.on_nonfinite == "raise":
+                raise
+            self._skipped += 1
+        else:
+            self._commit(outcome)
+        return found.loss
+
+    def _commit(self, outcome: Outcome) -> None:
+        """Keep what a step leaves; its weights have moved already."""
+        sizes = {block.parameters[0]: len(block.parameters) for block in self._network.blocks()}
         for parameter, state in outcome.states.items():
             self.state[parameter] = {**state, "parameters": sizes[parameter]}
         self._steps += 1
         self._failures += outcome.failures
         self._last = outcome
         self._refused |= outcome.refused
-        return found.loss
-
-    # --- what the optimizer is connected to ------------------------------------------------------------------
+        for layer in self._network.layers:
+            if (reason := outcome.refused.get(layer.name)) is not None:
+                warnings.warn(f"{layer.name or 'the model'}, {type(layer.module).__name__}: {reason}", stacklevel=4)
 
     def _connect(self) -> None:
         """Hook the model's layers and stages, whether or not they are trained at present."""
@@ -239,39 +275,32 @@ class DDPNOpt(torch.optim.Optimizer):
         self._signature = signature
         self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad}
         self._network: Network = read_network(self.model, self._group_of, self.stages, self._refused)
-        known = {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
-        self._names = {known.get(p, f"parameter {i}"): p for i, p in enumerate(self._group_of)}
-
-    # --- persistence -----------------------------------------------------------------------------------------
+        self._names = named(self._group_of, self.param_groups, self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
-        kind = type(self.curvature).__name__
-        return {**super().state_dict(), "steps": self._steps, "curvature": kind, "refused": dict(self._refused)}
+        own = {"steps": self._steps, "skipped_steps": self._skipped, "refused": dict(self._refused)}
+        with saving(self, {**own, "curvature": type(self.curvature).__name__}):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; curvature keeps the precision it was saved with.
 
         Raises:
-            ValueError: if the groups or their parameters do not match, or the state is of another curvature.
+            ValueError: if the groups, their parameters or the shapes of the saved tensors do not match, or the state
+                is of another curvature. Nothing is changed then.
         """
-        kind = type(self.curvature).__name__
-        if (saved_kind := state_dict.get("curvature", kind)) != kind:
-            raise ValueError(f"the state is of curvature={saved_kind}(), this optimizer has {kind}()")
-        super().load_state_dict(state_dict)
-        self._steps = state_dict.get("steps", 0)
-        self._refused = dict(state_dict.get("refused", {}))
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for i, parameter in zip(saved, own, strict=True):
-            # torch casts state to its parameter's type; curvature of half-precision weights is in float32
-            for name, value in state_dict["state"].get(i, {}).items():
-                kept = value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
-                self.state[parameter][name] = kept
+        self._refresh_network()
+        names = {parameter: name for name, parameter in self._names.items()}
+        blocks = {names[block.parameters[0]]: block for block in self._network.blocks()}
+        with loading(self, type(self.curvature).__name__, blocks) as loaded:
+            super().load_state_dict(state_dict)
+        self._steps, self._skipped = loaded.get("steps", 0), loaded.get("skipped_steps", 0)
+        self._refused = dict(loaded.get("refused", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        options = ["model", "curvature", "terminal", "coupling", "feedback", "stages"]
-        kept = [*options, "_steps", "_failures", "_refused", "_closed"]
+        options = ["model", "curvature", "terminal", "coupling", "feedback", "stages", "on_nonfinite"]
+        kept = [*options, "_steps", "_failures", "_skipped", "_refused", "_closed"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

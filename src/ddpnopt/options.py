@@ -1,15 +1,18 @@
 """What the optimizer accepts; each refusal names the value and says what to give instead."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .coupling import Batch, Coupling, relinearises
 from .curvature import Curvature
 from .dense import Dense, chain_of
 from .terminal import Terminal
+
+OnNonfinite = Literal["raise", "skip"]
 
 
 def check_numbers(group: Mapping[str, Any]) -> None:
@@ -17,11 +20,39 @@ def check_numbers(group: Mapping[str, Any]) -> None:
     ranges = {"lr": "a step size >= 0 such as 0.1", "momentum": "a number in [0, 1)", "weight_decay": "a number >= 0"}
     for name, wanted in ranges.items():
         given = group[name]
-        if not isinstance(given, int | float | Tensor) or (isinstance(given, Tensor) and given.numel() != 1):
+        if isinstance(given, Tensor) and given.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(given.shape)}; give {wanted}")
+        if not isinstance(given, int | float | Tensor):
             raise ValueError(f"Invalid {name}: {given!r}; give {wanted}")
         value = float(given)
         if not (math.isfinite(value) and value >= 0 and (name != "momentum" or value < 1)):
             raise ValueError(f"Invalid {name}: {given!r}; give {wanted}")
+
+
+def check_group(group: Mapping[str, Any], model: nn.Module | None) -> None:
+    """Raise ``ValueError`` where a parameter group asks for what there is not: to maximise, or complex parameters."""
+    if group.get("maximize"):
+        raise ValueError("maximize: there is no such option; call backward on the negative of the objective")
+    for name, parameter in named(group["params"], [group], model).items():
+        if parameter.is_complex() or parameter.layout is not torch.strided:
+            raise ValueError(
+                f"{name} of shape {tuple(parameter.shape)} is "
+                f"{parameter.dtype if parameter.is_complex() else parameter.layout}: complex and sparse parameters are "
+                f"not supported; train a real, dense one in its place (torch.view_as_complex turns it in the model)"
+            )
+
+
+def named(
+    parameters: Iterable[nn.Parameter], groups: Iterable[Mapping[str, Any]], model: nn.Module | None
+) -> dict[str, nn.Parameter]:
+    """Parameters by name, in their order: the model's, else the one given in their group, else their number."""
+    known = {p: n for g in groups for n, p in zip(g.get("param_names", ()), g["params"], strict=False)}
+    known |= {p: name for name, p in model.named_parameters()} if model is not None else {}
+    names: dict[str, nn.Parameter] = {}
+    for i, parameter in enumerate(parameters):
+        name = known.get(parameter, f"parameter {i}")
+        names[f"parameter {i}" if name in names else name] = parameter  # names that are given may be given twice
+    return names
 
 
 def check_chain(model: object) -> None:
@@ -35,7 +66,9 @@ def check_stages(coupling: Coupling, stages: object) -> None:
         raise ValueError(f"stages: coupling={coupling!r} makes every layer a stage; leave stages out, or use 'batch'")
 
 
-def check_options(curvature: object, terminal: object, coupling: object, feedback: object) -> None:
+def check_options(
+    curvature: object, terminal: object, coupling: object, feedback: object, on_nonfinite: object
+) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless each option is a value of its kind."""
     if not isinstance(curvature, Curvature):
         raise TypeError(f"curvature must be Kronecker(), EigenKronecker(), Adaptive() or Identity(), got {curvature!r}")
@@ -48,3 +81,7 @@ def check_options(curvature: object, terminal: object, coupling: object, feedbac
         )
     if not isinstance(feedback, bool):
         raise TypeError(f"feedback must be True or False, got {feedback!r}")
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValueError(
+            f"on_nonfinite must be 'raise' (an error) or 'skip' (leave the step out), got {on_nonfinite!r}"
+        )

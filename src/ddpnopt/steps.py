@@ -4,7 +4,6 @@ The open loop of the sample form is the adapted optimizer itself, in torch's ord
 is closed: columns, backward pass over stages, second forward pass.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +29,14 @@ from .trajectory import Recorder
 from .value import BatchPolicy, BatchValue, SampleValue
 
 VELOCITY = "velocity"
+STRAY = (
+    "a parameter of it is used outside its own runs: one update from the whole batch's gradient. For columns of its "
+    "own, use the parameter by calling the module"
+)
+SILENT = (
+    "it was not seen to run on the batch: one update from the whole batch's gradient. For columns of its own, let the "
+    "model call the module itself on a tensor that leads with the batch, and use no functional form of it"
+)
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,8 @@ class Task:
         return _wide(matrix_of(block, [self.gradients[p] for p in block.parameters]))
 
     def blocks(self) -> list[Block]:
-        """Of layers and loose parameters, all."""
-        inside = [b for layer in self.network.layers for b in layer.blocks]
-        return inside + [x.block for x in self.network.tied] + [x.block for x in self.network.loose]
+        """All there are."""
+        return self.network.blocks()
 
 
 @dataclass
@@ -103,7 +109,7 @@ class Outcome:
         figures: compute diagnostics by stage, if they are asked for.
         actual_decrease: of the loss on the same batch, where a criterion is known.
         failures: factorisations of the value's curvature that had to be tried again.
-        refused: layers whose rule failed, with the reason.
+        refused: layers whose rule failed or that were not seen to run, with the reason.
     """
 
     states: dict[nn.Parameter, State] = field(default_factory=dict)
@@ -123,6 +129,10 @@ def open_loop(task: Task) -> Outcome:
             columns |= {block.parameters[0]: c for block, c in _read(task, layer, linearised, outcome)}
         for tied in task.network.tied:
             columns |= {block.parameters[0]: c for block, c in _read_tied(task, tied, linearised, outcome)}
+        read = {
+            p for layer in task.network.layers for b in layer.blocks if b.parameters[0] in columns for p in b.parameters
+        }
+        _name_the_silent(task, read, outcome)
     for block in task.blocks():
         gradient = task.gradient(block)
         if gradient is None:
@@ -245,10 +255,10 @@ def _read(task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: O
         try:
             pairs = list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
         except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
-            said = str(error).partition("\n")[0]
-            reason = f"the generic rule failed ({said}): one update from the whole batch's gradient"
-            warnings.warn(f"{layer.name or 'the model'}, {type(layer.module).__name__}: {reason}", stacklevel=2)
-            outcome.refused[layer.name] = reason
+            said = str(error).partition("\n")[0].partition(". ")[0]
+            outcome.refused[layer.name] = (
+                f"the generic rule failed ({said}): one update from the whole batch's gradient"
+            )
             return []
     # a module need not use every parameter it has; one that got no gradient stays, as in torch
     return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
@@ -291,16 +301,13 @@ def _later(
 
 
 def _name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> None:
-    """Warn, once, of layers that have a gradient but no columns: they were used other than by a call on the batch."""
+    """Refuse layers that have a gradient but no columns: they were used other than by a call on the batch."""
     for layer in task.network.layers:
         parameters = [p for block in layer.blocks for p in block.parameters if p in task.gradients]
         if layer.name in outcome.refused or not parameters or not read.isdisjoint(parameters):
             continue
         stray = any(run.layer is layer.module and run.stray for one in task.passes for run in one.runs)
-        seen = "a parameter of it is used outside its own runs" if stray else "it was not seen to run on the batch"
-        reason = f"{seen}: one update from the whole batch's gradient"
-        warnings.warn(f"{layer.name}, {type(layer.module).__name__}: {reason}", stacklevel=2)
-        outcome.refused[layer.name] = reason
+        outcome.refused[layer.name] = STRAY if stray else SILENT
 
 
 def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:

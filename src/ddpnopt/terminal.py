@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import StepError
+from .errors import NonFiniteError
 
 Reduction = Literal["mean", "sum"]
 
@@ -242,7 +242,7 @@ def _hessian_factor(loss: OutputLoss) -> Tensor:
     rows = [loss.derivative(entry.sum()) for entry in gradient.unbind(1)]
     hessian = torch.stack(rows, 1) / loss.weight
     if not bool(torch.isfinite(hessian).all()):
-        raise StepError("the loss's curvature at the model's output is not finite; weights and state are unchanged")
+        raise NonFiniteError("the loss's curvature at the model's output is not finite")
     # near a confident output many eigenvalues all but coincide at zero, where single precision may not converge
     values, vectors = torch.linalg.eigh(((hessian + hessian.mT) / 2).double())
     factor: Tensor = vectors * values.clamp_min(0).sqrt()[:, None, :]

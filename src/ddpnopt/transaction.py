@@ -1,22 +1,41 @@
-"""All or nothing: a step that fails leaves weights as they were."""
+"""All or nothing: a step that fails leaves weights as they were, and one that met nan or inf says where."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from .errors import StepError
+from .curvature.base import State
+from .errors import NonFiniteError, StepError
+from .finite import all_finite, first_not_finite
+from .passes import Pass
 
 
 class Transaction:
     """Context manager: on any exception inside, every parameter gets the values it had on entry.
 
     Curvature states and momentum are replaced, never written into, so dropping the new ones undoes them.
+
+    Args:
+        parameters: by name.
+        model, passes, gradients: what the step works on (``None`` and empty for bare parameters). An exception inside
+            is the fault of a number that is not finite if it says so itself, or if it is no :class:`StepError` and
+            these hold such a number (a factorisation gives up, or the model refuses its input): it leaves as a
+            :class:`NonFiniteError` that names the first layer concerned, or the parameter.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        model: nn.Module | None,
+        passes: Sequence[Pass],
+        gradients: Mapping[nn.Parameter, Tensor],
+    ):
         self._parameters = parameters
+        self._model = model
+        self._passes = passes
+        self._gradients = gradients
         self._before: list[Tensor] = []
 
     def __enter__(self) -> "Transaction":
@@ -31,20 +50,35 @@ class Transaction:
                 for parameter, before in zip(self._parameters.values(), self._before, strict=True):
                     parameter.copy_(before)
         self._before = []
-
-    def check(self) -> None:
-        """Raise :class:`StepError`, naming the parameter, unless every new weight is finite."""
-        names, parameters = list(self._parameters), [p.detach() for p in self._parameters.values()]
-        if not parameters or _all_finite(parameters):
+        of_numbers = isinstance(error, NonFiniteError)
+        if not isinstance(error, Exception) or (isinstance(error, StepError) and not of_numbers):
             return
-        bad = next(n for n, p in zip(names, parameters, strict=True) if not _all_finite([p]))
-        raise StepError(
-            f"the update of {bad} is not finite (nan or inf in the loss, a gradient or the curvature); weights and "
-            f"optimizer state are unchanged. Check this batch, or skip it"
+        where = self._culprit()
+        if where is not None or of_numbers:
+            said = [str(error)] if of_numbers else []
+            raise NonFiniteError(
+                f"{': '.join([*said, where] if where else said)} (nan or inf); weights and optimizer state are "
+                f"unchanged. Check this batch, or make the optimizer with on_nonfinite='skip' to leave such steps out"
+            ) from error
+
+    def _culprit(self) -> str | None:
+        if self._model is not None and (where := first_not_finite(self._model, self._passes)) is not None:
+            return where
+        spoiled = (
+            n for n, p in self._parameters.items() if p in self._gradients and not all_finite([self._gradients[p]])
         )
+        return next((f"the gradient of {name} is not finite" for name in spoiled), None)
+
+    def check(self, states: Mapping[nn.Parameter, State]) -> None:
+        """Raise :class:`NonFiniteError`, naming the parameter, unless new weights and new states are finite."""
+        weights = [p.detach() for p in self._parameters.values()]
+        if all_finite([*weights, *(t for state in states.values() for t in _tensors(state))]):
+            return
+        for name, parameter in self._parameters.items():
+            for what, tensors in (("update", [parameter.detach()]), ("curvature", _tensors(states.get(parameter, {})))):
+                if not all_finite(tensors):
+                    raise NonFiniteError(f"the {what} of {name} is not finite")
 
 
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    # one number per tensor, one transfer for all: a sum is finite only if every entry is, short of overflow
-    norms = torch._foreach_norm([t for t in tensors], float("inf"))
-    return bool(torch.isfinite(torch.stack([n.float() for n in norms])).all())
+def _tensors(state: State) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]

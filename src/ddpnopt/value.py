@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .errors import StepError
+from .errors import NonFiniteError, StepError
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,10 @@ class BatchValue(Value):
         if d is not None:
             information = information - d.double().flatten()[:n]
         factor, failures = linalg.cholesky(precision)
+        if factor is None and not bool(torch.isfinite(precision).all()):
+            raise NonFiniteError("the batch's curvature is not finite")
         if factor is None:
-            raise StepError("the batch's curvature is not finite: the loss or a gradient is nan or inf")
+            raise StepError("the batch's curvature could not be factorised: lower lr, or raise the curvature's damping")
         curved = torch.cholesky_solve(information[:, None], factor).flatten()
         beta = torch.cat([curved, straight])
         change = gram @ beta if d is None else gram @ beta + d.double().flatten()

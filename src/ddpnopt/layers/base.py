@@ -32,6 +32,12 @@ class Block:
         sides = [_as_matrix(tensor) for tensor in tensors]
         return sides[0] if len(sides) == 1 else torch.cat(sides, 1)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, fan_in)`` of the matrix."""
+        rows = [len(p) if p.ndim else 1 for p in self.parameters]
+        return rows[0], sum(p.numel() // max(out, 1) for p, out in zip(self.parameters, rows, strict=True))
+
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of :meth:`matrix`."""
         widths = [_as_matrix(parameter).shape[1] for parameter in self.parameters]

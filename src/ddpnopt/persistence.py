@@ -1,0 +1,105 @@
+"""What a checkpoint holds beside torch's own, whether it fits the optimizer that loads it, and putting it there.
+
+As hooks of torch's own saving and loading, nearest to it, so that a user's hooks see and may change all of it.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layers import Block
+
+StateDict = dict[str, Any]
+
+
+@contextlib.contextmanager
+def saving(optimizer: torch.optim.Optimizer, own: StateDict) -> Iterator[None]:
+    """Add ``own`` to the state that is saved inside."""
+    handle = optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, **own}, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def loading(optimizer: torch.optim.Optimizer, curvature: str, blocks: Mapping[str, Block]) -> Iterator[StateDict]:
+    """Check the state that is loaded inside before anything is changed; gives what was loaded, once it is.
+
+    Args:
+        optimizer: that loads.
+        curvature: its curvature's name.
+        blocks: by the name of their first parameter.
+
+    Raises:
+        ValueError: if the state is of another curvature, or does not fit (see :func:`check_fits`).
+    """
+    final: StateDict = {}
+
+    def check(_: torch.optim.Optimizer, given: StateDict) -> None:
+        if (saved := given.get("curvature", curvature)) != curvature:
+            raise ValueError(f"the state is of curvature={saved}(), this optimizer has {curvature}()")
+        check_fits(given, optimizer.param_groups, blocks)
+        final.update(given)
+
+    def finish(_: torch.optim.Optimizer) -> None:
+        keep_precision(final, optimizer.param_groups, optimizer.state)
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(finish, prepend=True),
+    ]
+    try:
+        yield final
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_fits(state_dict: StateDict, groups: Iterable[Mapping[str, Any]], blocks: Mapping[str, Block]) -> None:
+    """Raise ``ValueError``, naming the parameter, where a saved tensor is not of its block's shape.
+
+    Args:
+        state_dict: to be loaded.
+        groups: the optimizer's parameter groups; where their sizes differ, torch's own message is the better one.
+        blocks: by the name of their first parameter.
+    """
+    saved = [list(group["params"]) for group in state_dict["param_groups"]]
+    own = [list(group["params"]) for group in groups]
+    if [len(group) for group in saved] != [len(group) for group in own]:
+        return
+    key_of = dict(zip(chain.from_iterable(own), chain.from_iterable(saved), strict=True))
+    for name, block in blocks.items():
+        state = state_dict["state"].get(key_of[block.parameters[0]], {})
+        if state.get("parameters", len(block.parameters)) != len(block.parameters):
+            continue  # the block was of other parameters; the step starts its state anew
+        out, fan_in = block.shape
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and tuple(value.shape) not in _shapes(key, out, fan_in):
+                raise ValueError(
+                    f"the saved state of {name} does not fit: {key!r} has shape {tuple(value.shape)}, and this "
+                    f"parameter's block is {out} x {fan_in}. Load the state of an optimizer of the same model"
+                )
+
+
+def keep_precision(state_dict: StateDict, groups: Iterable[Mapping[str, Any]], state: dict[Any, Any]) -> None:
+    """Put saved tensors into ``state`` in the precision they were saved with.
+
+    torch casts a parameter's state to the parameter's type; curvature of half-precision weights is in float32.
+    """
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    own = chain.from_iterable(group["params"] for group in groups)
+    for key, parameter in zip(saved, own, strict=True):
+        for name, value in state_dict["state"].get(key, {}).items():
+            kept = value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
+            state[parameter][name] = kept
+
+
+def _shapes(key: str, out: int, fan_in: int) -> list[tuple[int, ...]]:
+    """Those a state's tensor may have: ``S...`` and ``A...`` are of one side (wide ones a diagonal), others of both."""
+    side = {"S": out, "A": fan_in}.get(key[0])
+    return [(out, fan_in)] if side is None else [(side, side), (side,)]
