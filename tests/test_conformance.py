@@ -1,5 +1,6 @@
 """DDPNOpt against every probe of the conformance table; and every probe against something that must not pass it."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import conformance
 import pytest
 import torch
 from _conformance.answers import Answer, answer, interview
@@ -252,6 +254,28 @@ def test_the_page_holds_every_question_and_what_others_do_better() -> None:
     assert "* *`torch.compile`d model*: **error**, `because`\n" in shown
     assert shown.count("* *tied weights*: yes, it warns `be'ware`\n") == 2
     assert shown.rstrip().endswith("made so")
+
+
+def test_the_command_writes_page_and_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in set(METHODS) - {"ddpnopt", "singd"}:
+        monkeypatch.delitem(METHODS, name)
+    monkeypatch.setitem(METHODS, "singd", replace(METHODS["singd"], package="no-such-package-of-ddpnopt"))
+    for key in set(PROBES) - {"negative_lr", "clipping_reaches"}:
+        monkeypatch.delitem(PROBES, key)
+    assert conformance.main(["--only", "ddpnopt", "--out", str(tmp_path)]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert conformance.main(["--out", str(tmp_path)]) == 0
+    shown = (tmp_path / "conformance.md").read_text()
+    assert "| negative learning rate rejected | yes | - |" in shown
+    assert "| clipped gradients reach the step | **no** | - |" in shown
+    raw = json.loads((tmp_path / "conformance.json").read_text())
+    assert raw["methods"]["ddpnopt"]["answers"]["negative_lr"]["verdict"] == "yes"
+    assert raw["methods"]["singd"]["answers"]["clipping_reaches"]["remark"] == 'pip install "no-such-package-of-ddpnopt"'
+
+
+def test_an_unknown_method_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert conformance.main(["--only", "adamm"]) == 2
+    assert "'adamm'" in capsys.readouterr().err
 
 
 def test_the_committed_page_is_about_these_probes() -> None:
