@@ -270,7 +270,8 @@ def test_the_command_writes_page_and_answers(monkeypatch: pytest.MonkeyPatch, tm
     assert "| clipped gradients reach the step | **no** | - |" in shown
     raw = json.loads((tmp_path / "conformance.json").read_text())
     assert raw["methods"]["ddpnopt"]["answers"]["negative_lr"]["verdict"] == "yes"
-    assert raw["methods"]["singd"]["answers"]["clipping_reaches"]["remark"] == 'pip install "no-such-package-of-ddpnopt"'
+    missing = raw["methods"]["singd"]["answers"]["clipping_reaches"]
+    assert (missing["verdict"], missing["remark"]) == ("missing", 'pip install "no-such-package-of-ddpnopt"')
 
 
 def test_an_unknown_method_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
