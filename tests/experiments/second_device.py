@@ -31,7 +31,7 @@ class SecondDevice(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.ran = 0
         self.brought: list[tuple[int, ...]] = []
         self._twins: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}

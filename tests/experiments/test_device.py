@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_leaves
 from ddpnopt.experiments import data
 from ddpnopt.experiments.data import Dataset
 from ddpnopt.experiments.paper import table3_runs, training
-from ddpnopt.experiments.paper.methods import METHODS, Setup
+from ddpnopt.experiments.paper.methods import METHODS, Params, Setup
 from ddpnopt.experiments.paper.problems import Problem
-from ddpnopt.experiments.study.lab import Params
 from ddpnopt.experiments.study.task import Result
 from experiments.second_device import NAME, second_device
 

@@ -115,7 +115,7 @@ def test_a_search_whose_storage_goes_away_says_so_and_is_continued(
 
 @pytest.mark.parametrize("statement", ["CREATE TABLE studies", "CREATE TABLE trials", "INSERT INTO alembic_version"])
 def test_commands_that_make_one_database_in_the_same_moment_do_not_collide(address: str, statement: str) -> None:
-    met = []
+    met: list[str] = []
 
     def meanwhile(_: Any, __: Any, words: str, *___: Any) -> None:
         if words.strip().startswith(statement) and not met:
