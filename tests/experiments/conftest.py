@@ -8,6 +8,7 @@ import torch
 
 from ddpnopt.experiments import data
 from ddpnopt.experiments.data import Dataset
+from ddpnopt.experiments.study.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +28,14 @@ def conditions_of_the_program(
 @pytest.fixture(scope="session")
 def iris() -> Dataset:
     return data.load("iris")
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/study/runs.db"
+
+
+@pytest.fixture
+def store(address: str) -> Iterator[Store]:
+    with Store(address) as opened:
+        yield opened

@@ -1,11 +1,8 @@
 import json
-import os
 import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from ddpnopt.experiments.study import identity
 from ddpnopt.experiments.study.lab import Lab
 from ddpnopt.experiments.study.store import Store
 from experiments import toy_kinds as toy
+from experiments.study_tools import environment, until
 
 
 def section(name: str, lab: Lab, count: int, sleep: float) -> Section:
@@ -131,16 +129,8 @@ sys.exit(cli.main())
 
 
 def start(*words: str) -> "subprocess.Popen[str]":
-    path = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     words = (sys.executable, "-c", MAIN, *words)
-    return subprocess.Popen(words, env=os.environ | path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def until(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+    return subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def states() -> dict[str, int]:

@@ -17,6 +17,7 @@ from ddpnopt.experiments.paper.methods import BUDGET, METHODS, Params, Setup
 from ddpnopt.experiments.paper.problems import PROBLEMS
 from ddpnopt.experiments.paper.table3_runs import Effort, Entry, Row
 from ddpnopt.experiments.paper.tuning import thinned
+from ddpnopt.experiments.report.section import Table
 from ddpnopt.experiments.study.lab import DirectLab, best, combinations
 from ddpnopt.experiments.study.task import Kind
 
@@ -278,7 +279,26 @@ def test_a_device_is_part_of_a_tasks_name() -> None:
     assert {one["device"] for one in seen} == {"cuda"}
 
 
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_the_uncut_table_asks_for_a_gpu_where_there_is_one(
+    there: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Mapping[str, Any]] = []
+
+    def record(settings: Mapping[str, Any]) -> dict[str, Any]:
+        seen.append(settings)
+        return scored(settings)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    monkeypatch.setattr(table3, "UNCUT", {"iris-fcn": Effort(1, 1, 1, 5)})
+    monkeypatch.setattr(table3, "_cut", lambda found: Table("cut", [], []))
+    assert table3.run_uncut(fake(record), quick=False).name == "table3-uncut"
+    assert {one.get("device", "cpu") for one in seen} == {device}
+
+
 def test_a_convolution_network_that_was_not_run_takes_as_long_as_one_that_was() -> None:
-    cut = {line[0]: line[-1] for line in table3.section([full("mnist-cnn", 0.8, 0.8)]).tables[-1].rows}
-    assert cut["SVHN, CNN"] == cut["CIFAR-10, CNN"] == "about as MNIST, CNN"
-    assert cut["DIGITS, FCN"] == ""
+    rows = [full(name, 0.8, 0.8) for name in ("mnist-cnn", "cifar10-cnn")]
+    for done, alike in ((rows[:1], "MNIST, CNN"), (rows, "CIFAR-10, CNN")):
+        cut = {line[0]: line[-1] for line in table3.section(done).tables[-1].rows}
+        assert cut["SVHN, CNN"] == f"about as {alike}"
+        assert cut["DIGITS, FCN"] == ""

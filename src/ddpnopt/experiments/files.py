@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ddpnopt.experiments.study import identity
+
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
 
@@ -22,9 +24,12 @@ CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file by new content; after a crash it holds the old content or the new, never a part.
 
-    Several processes may write the same file: the last one's content stands.
+    Several processes may write the same file: the last one's content stands. What one that was killed on this machine
+    left half written beside the file is deleted.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process's is not to be cut off or moved
+    writer = identity.own().replace(":", "-")  # another process's file is not to be cut off or moved
+    temporary = path.with_name(f"{path.name}.{writer}.tmp")
+    _sweep(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -40,6 +45,16 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _sweep(path: Path) -> None:
+    """Delete what processes that have ended left of :func:`write_atomic` on this file."""
+    start, end = f"{path.name}.", ".tmp"
+    for left in path.parent.iterdir():
+        if left.name.startswith(start) and left.name.endswith(end):
+            writer = left.name.removeprefix(start).removesuffix(end).split("-")
+            if len(writer) == 3 and identity.gone(":".join(writer)):
+                left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The commands that carry out the paper's experiments, each as runs in a database, and report on them."""
 
-import json
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from ddpnopt.experiments.interrupt import StopRequest
 from ddpnopt.experiments.paper.registry import EXPERIMENTS
 from ddpnopt.experiments.report import report
 from ddpnopt.experiments.report.section import Section, withheld
+from ddpnopt.experiments.study import records
 from ddpnopt.experiments.study.database_lab import DatabaseLab
 from ddpnopt.experiments.study.display import RunsDisplay
 from ddpnopt.experiments.study.store import Store
@@ -101,10 +101,11 @@ class Reproduce:
         section = EXPERIMENTS[name].run(lab, self.options.quick)
         if self.options.quick:
             section = withheld(section, "A quick run is too short to judge by.")
-        records, seconds = _records(store, lab)
-        path = self.options.out / "records" / f"{study}.jsonl"
+        runs = store.runs(list(lab.tasks))
+        seconds = sum(run.seconds or 0.0 for run in runs.values())
+        path = self.options.out / "records" / f"{study}{records.SUFFIX}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, records)
+        write_atomic(path, records.lines(list(lab.tasks.values()), runs))
         return _Done(section, path, len(lab.tasks), lab.computed, seconds, time.monotonic() - began)
 
     def _report(self, done: Sequence["_Done"]) -> None:
@@ -169,12 +170,52 @@ class Worker:
         return 0
 
 
+@dataclass(frozen=True)
+class Import:
+    """Put the finished runs of a report's records into a database, so that they are not computed again."""
+
+    records: tyro.conf.Positional[tuple[Path, ...]]
+    """Files of records, or folders of them, such as docs/results/paper/records."""
+
+    storage: str = f"sqlite:///{_DEFAULTS.out / 'runs.db'}"
+    """Database of the runs; it is made where it does not exist."""
+
+    timings: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also runs that measure time or memory: they tell of the machine that made them, not of this one."""
+
+    def run(self) -> int:
+        """Take over what the source and torch of this installation would compute likewise; returns the exit code.
+
+        Raises:
+            ValueError: a file is damaged, or all runs were made by other source or another torch.
+        """
+        paths = records.files(self.records)
+        module: Any = import_module(_KINDS)
+        wanted = codes(module, alone=None if self.timings else False)
+        timed = {} if self.timings else codes(module, alone=True)
+        with Store(self.storage) as store:
+            every = {path: records.take(store, path, wanted, timed) for path in paths}
+        for path, taken in every.items():
+            left = (
+                f"{taken.other_code} made by other source or another torch",
+                f"{taken.measured} that measure time or memory (--timings takes them)",
+                f"{taken.failed} that failed",
+            )
+            words = ", ".join(one for one in left if not one.startswith("0 "))
+            print(f"{path.name}: {taken.new} runs taken over, {taken.known} known{'; left out: ' * bool(words)}{words}")
+        if not any(taken.new or taken.known for taken in every.values()):
+            raise ValueError(
+                "none of these runs can stand for one of this installation; the commands compute them anew"
+            )
+        return 0
+
+
 def subcommands() -> dict[str, Callable[..., Any]]:
     """What makes each command from its options, by the command's name."""
     every = {name: _maker(name, [name], experiment.what) for name, experiment in EXPERIMENTS.items()}
     reported = [name for name, experiment in EXPERIMENTS.items() if experiment.reported]
     everything = _maker("reproduce", reported, "Carry out the experiments one after the other and write one report.")
-    return every | {"reproduce": everything, "worker": Worker}
+    return every | {"reproduce": everything, "worker": Worker, "import": Import}
 
 
 def _maker(command: str, names: Sequence[str], what: str) -> Callable[..., Reproduce]:
@@ -183,19 +224,6 @@ def _maker(command: str, names: Sequence[str], what: str) -> Callable[..., Repro
 
     make.__doc__ = what
     return make
-
-
-def _records(store: Store, lab: DatabaseLab) -> tuple[bytes, float]:
-    """The experiment's runs, a line of strict JSON each, sorted by settings; and the seconds they took together."""
-    runs = store.runs(list(lab.tasks))
-    lines = []
-    for key, task in lab.tasks.items():
-        run = runs[key]
-        line: dict[str, Any] = {"kind": task.kind, "settings": task.settings, "code": task.code}
-        line |= {"result": run.result, "seconds": run.seconds}
-        lines.append((json.dumps([task.kind, task.settings], sort_keys=True), json.dumps(line, allow_nan=False)))
-    text = "".join(line + "\n" for _, line in sorted(lines))
-    return text.encode(), sum(run.seconds or 0.0 for run in runs.values())
 
 
 def _print_section(console: Console, section: Section) -> None:

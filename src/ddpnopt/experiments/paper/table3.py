@@ -265,13 +265,13 @@ def _p(value: float) -> str:
 
 def _cut(found: Sequence[Row]) -> Table:
     """What was not run, or at less than the whole effort, and what that would take."""
-    lines = []
+    lines, shapes = [], {name: source(own.dataset).shape for name, own in PROBLEMS.items()}
     for name, whole in UNCUT.items():
         row = next((row for row in found if row.problem == name), None)
         if row is None or row.missing is not None:
-            networks = {one.problem: PROBLEMS[one.problem].network for one in found if one.entries}
-            alike = [one for one, network in networks.items() if network == PROBLEMS[name].network == "cnn"]
-            hours = f"about as {title(alike[0])}" if alike else ""
+            done = [one.problem for one in found if one.entries and PROBLEMS[one.problem].network == "cnn"]
+            done.sort(key=lambda one: shapes[one] != shapes[name])
+            hours = f"about as {title(done[0])}" if done and PROBLEMS[name].network == "cnn" else ""
             lines.append([title(name), _words(whole), "not run" if row is None else str(row.missing), hours])
         elif row.effort != whole:
             runs = whole.trials * whole.tuning_seeds + whole.seeds
@@ -281,8 +281,8 @@ def _cut(found: Sequence[Row]) -> Table:
         "What was cut",
         ["", "whole effort", "what was run", "core-hours of the whole"],
         lines,
-        "Hours follow from the seconds of training steps measured here, one core. 'ddpnopt table3-uncut' runs the "
-        "whole; other machines join by 'ddpnopt worker'.",
+        "Hours follow from the seconds of training steps measured here, one core; they are too many where the machine "
+        "did other things meanwhile. 'ddpnopt table3-uncut' runs the whole; other machines join by 'ddpnopt worker'.",
     )
 
 

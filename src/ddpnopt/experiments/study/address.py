@@ -1,13 +1,18 @@
 """Open the database that an address names, or say what is wrong with the address."""
 
+import random
 import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 _BUSY = 30.0  # seconds for which a process waits for another one's write to a SQLite file
+_TRIES, _LONGEST = 10, 0.2  # at making tables; seconds between two
+_Made = TypeVar("_Made")
 
 
 def connect(address: str) -> Engine:
@@ -31,6 +36,26 @@ def connect(address: str) -> Engine:
         raise ValueError(f"the storage's address cannot be read; {forms}") from None
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; install it with pip install 'ddpnopt[postgres]'") from error
+
+
+def make_tables(make: Callable[[], _Made], also: type[Exception] = DBAPIError) -> _Made:
+    """Call what makes the tables that are missing until it does not fail, a few times.
+
+    Processes that look at a new database in one moment all see that a table is missing, and all but one then fail to
+    make it, or to insert its one row. Each goes on where the others are by then.
+
+    Args:
+        make: makes them.
+        also: an error, beside the driver's own, by which it tells that it failed.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            return make()
+        except (DBAPIError, also):
+            if not left:
+                raise
+            time.sleep(random.uniform(0.0, _LONGEST))
+    raise AssertionError("unreachable: the last round returns or raises")
 
 
 def tune(engine: Engine) -> None:

@@ -3,18 +3,18 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.samplers import GridSampler
 from optuna.storages import RDBStorage
 from optuna.trial import Trial, TrialState
 from sqlalchemy.exc import DBAPIError
 
-from ddpnopt.experiments.study.address import connect_arguments, tune
+from ddpnopt.experiments.study.address import connect_arguments, make_tables, tune
 from ddpnopt.experiments.study.lab import Grid, Params, Values, best, combinations
 
 
@@ -43,7 +43,7 @@ def search(address: str, name: str, version: Any, grids: Mapping[str, Grid], val
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # says nothing that the progress of the runs does not
     with _open(address) as storage:
         asked: list[tuple[str, Params]] = []
-        trials: list[tuple[optuna.Study, int]] = []
+        trials: list[tuple[optuna.Study, int, int]] = []
         for search, grid in grids.items():
             digest = hashlib.sha256(json.dumps([grid, version], sort_keys=True).encode()).hexdigest()[:12]
             study = optuna.create_study(
@@ -53,11 +53,11 @@ def search(address: str, name: str, version: Any, grids: Mapping[str, Grid], val
                 direction="maximize",
                 load_if_exists=True,
             )
+            trials += [(study, number, len(asked) + place) for number, place in _ask(study, search, grid).items()]
             asked += [(search, one) for one in combinations(grid)]
-            trials += [(study, number) for number in _ask(study, search, grid)]
         found = values(asked)
-        for (study, number), value in zip(trials, found, strict=True):
-            told = {"state": TrialState.FAIL} if math.isnan(value) else {"values": value}
+        for study, number, place in trials:
+            told = {"state": TrialState.FAIL} if math.isnan(found[place]) else {"values": found[place]}
             study.tell(number, **told, skip_if_finished=True)
     return best(asked, found)
 
@@ -67,7 +67,7 @@ def _open(address: str) -> Iterator[RDBStorage]:
     # between asking and telling lie the runs, hours in which a server may drop a connection that is not used
     options = {"connect_args": connect_arguments(address), "pool_pre_ping": True}
     try:
-        storage = RDBStorage(address, engine_kwargs=options)
+        storage = make_tables(lambda: RDBStorage(address, engine_kwargs=options), StorageInternalError)
         try:
             tune(storage.engine)
             storage.engine.dispose()  # connections made before that
@@ -81,22 +81,25 @@ def _open(address: str) -> Iterator[RDBStorage]:
         ) from error
 
 
-def _ask(study: optuna.Study, search: str, grid: Grid) -> Sequence[int]:
-    """Number of each combination's trial, in the grid's order; asks for those that were never asked for."""
+def _ask(study: optuna.Study, search: str, grid: Grid) -> dict[int, int]:
+    """Place of each trial's combination in the grid, by the trial's number; asks for those never asked for."""
     places = combinations(grid)
     if any(len(set(values)) < len(values) for values in grid.values()):
         raise ValueError(f"the grid of {search} names a value twice: {dict(grid)}; name it once")
     known: dict[int, int] = {}
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.RUNNING:  # asked for, perhaps not in full, by a process that was then killed
-            known[places.index(_suggest(Trial(study, trial._trial_id), grid))] = trial.number
+            known[trial.number] = places.index(_suggest(Trial(study, trial._trial_id), grid))
         else:
-            known[places.index(trial.params)] = trial.number
-    while len(known) < len(places):
+            known[trial.number] = places.index(trial.params)
+    while len(set(known.values())) < len(places):
         asked = study.ask()
-        known[places.index(_suggest(asked, grid))] = asked.number
-    return [known[place] for place in range(len(places))]
+        known[asked.number] = places.index(_suggest(asked, grid))
+    return known
 
 
 def _suggest(trial: Trial, grid: Grid) -> Params:
-    return {name: trial.suggest_float(name, min(values), max(values)) for name, values in grid.items()}
+    try:
+        return {name: trial.suggest_float(name, min(values), max(values)) for name, values in grid.items()}
+    except UpdateFinishedTrialError:  # the same command, given twice, has told it meanwhile
+        return trial.study.trials[trial.number].params

@@ -17,7 +17,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from ddpnopt.experiments.study import identity
-from ddpnopt.experiments.study.address import connect
+from ddpnopt.experiments.study.address import connect, make_tables
 from ddpnopt.experiments.study.task import Task
 
 LEASE = 60.0
@@ -107,12 +107,9 @@ class Store:
     def __init__(self, address: str, lease: float = LEASE) -> None:
         self.address, self.lease = address, lease
         self._engine = connect(address)
-        self._insert = _insert_new(self._engine.dialect.name)
+        self._insert = (sqlite if self._engine.dialect.name == "sqlite" else postgresql).insert(_RUNS)
         try:
-            try:
-                _RUNS.metadata.create_all(self._engine)
-            except DBAPIError:  # another process made the table in the same moment
-                _RUNS.metadata.create_all(self._engine)
+            make_tables(lambda: _RUNS.metadata.create_all(self._engine))
         except DBAPIError as error:
             raise ValueError(self._silent(error)) from error
 
@@ -124,20 +121,24 @@ class Store:
 
     def add(self, study: str, tasks: Sequence[Task]) -> None:
         """Have tasks run for a study; those that are known stay as they are, waiting ones change to this study."""
-        rows = {
-            task.key: {
-                "key": task.key,
-                "study": study,
-                "kind": task.kind,
-                "settings": json.dumps(dict(task.settings), sort_keys=True, allow_nan=False),
-                "code": task.code,
-            }
-            for task in tasks
-        }
+        rows = {task.key: _row(study, task) for task in tasks}
         for keys in _chunks(list(rows)):
-            self._execute(self._insert, [rows[key] for key in keys])
+            self._execute(self._insert.on_conflict_do_nothing(), [rows[key] for key in keys])
             others = sql.and_(_C.key.in_(keys), _C.state == "waiting", _C.study != study)
             self._execute(sql.update(_RUNS).where(others).values(study=study))
+
+    def keep(self, study: str, done: Sequence[tuple[Task, Run]]) -> None:
+        """Take over finished runs; a task that is finished here, or under way, stays as it is."""
+        rows = {
+            task.key: _row(study, task)
+            | {"state": "done", "result": json.dumps(run.result, allow_nan=False), "seconds": run.seconds}
+            for task, run in done
+        }
+        values = {name: self._insert.excluded[name] for name in ("study", "state", "result", "seconds")}
+        idle = sql.or_(_C.state == "waiting", _C.state == "failed")
+        change = self._insert.on_conflict_do_update(index_elements=["key"], set_=values | {"error": None}, where=idle)
+        for keys in _chunks(list(rows)):
+            self._execute(change, [rows[key] for key in keys])
 
     def retry(self, keys: Sequence[str]) -> None:
         """Let those of these tasks that failed wait again."""
@@ -257,11 +258,9 @@ class Store:
         return f"the storage {where} does not answer ({error.orig}); what it holds is kept: start again when it does"
 
 
-def _insert_new(dialect: str) -> sql.Insert:
-    """Insert rows, leaving those alone whose key is there already."""
-    if dialect == "sqlite":
-        return sqlite.insert(_RUNS).on_conflict_do_nothing()
-    return postgresql.insert(_RUNS).on_conflict_do_nothing()
+def _row(study: str, task: Task) -> dict[str, Any]:
+    settings = json.dumps(dict(task.settings), sort_keys=True, allow_nan=False)
+    return {"key": task.key, "study": study, "kind": task.kind, "settings": settings, "code": task.code}
 
 
 def _suits(codes: Mapping[str, str], study: str | None) -> sql.ColumnElement[bool]:
