@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from .columns import Columns, over_batches, over_uses
 from .errors import StepError
 from .layers import Call
 from .network import Layer
-from .passes import Pass, Visit
+from .passes import Pass, Visit, versions
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
@@ -218,29 +219,49 @@ def _pulled(
 
 
 def joined(parts: Sequence[Linearised]) -> Linearised | None:
-    """Several passes as one, batches side by side; ``None`` if their arguments do not stack."""
+    """Several passes as one, batches side by side; ``None`` if their arguments do not stack.
+
+    Arguments that lead with the batch are stacked; others (a flag, the number of tokens) have to be equal.
+
+    Raises:
+        StepError: if an argument was written into after its forward pass.
+    """
     if len(parts) == 1:
         return parts[0]
     passes = [part.recorded for part in parts]
+    for recorded in passes:
+        recorded.check_unwritten()
     trees = [pytree.tree_flatten((p.args, p.kwargs)) for p in passes]
-    stacked = []
-    for leaves in zip(*(tree[0] for tree in trees), strict=True) if len({str(tree[1]) for tree in trees}) == 1 else ():
-        if not all(
-            isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == p.batch
-            for leaf, p in zip(leaves, passes, strict=True)
-        ):
-            return None
-        if len({leaf.shape[1:] for leaf in leaves}) > 1:
-            return None
-        stacked.append(torch.cat(leaves))
-    if not stacked or len({tuple(p.visits) for p in passes}) > 1:
+    if len({str(tree[1]) for tree in trees}) > 1 or len({tuple(p.visits) for p in passes}) > 1:
         return None
-    args, kwargs = pytree.tree_unflatten(stacked, trees[0][1])
-    whole = replace(passes[0], args=args, kwargs=kwargs, batch=sum(p.batch for p in passes))
+    leaves: list[Any] = []
+    for values in zip(*(tree[0] for tree in trees), strict=True):
+        if all(_leads(value, p.batch) for value, p in zip(values, passes, strict=True)):
+            if len({value.shape[1:] for value in values}) > 1:
+                return None
+            leaves.append(torch.cat(values))
+        elif all(_equal(values[0], value) for value in values[1:]):
+            leaves.append(values[0])
+        else:
+            return None
+    args, kwargs = pytree.tree_unflatten(leaves, trees[0][1])
+    batch = sum(p.batch for p in passes)
+    whole = replace(passes[0], args=args, kwargs=kwargs, batch=batch, versions=versions((args, kwargs)))
     whole.visits = {i: _joined_visit([p.visits[i] for p in passes], parts[0].scale is None) for i in passes[0].visits}
     return Linearised(
         whole, None if parts[0].scale is None else torch.cat([p.scale for p in parts if p.scale is not None])
     )
+
+
+def _leads(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two arguments are one; what torch and Python cannot compare plainly has to be the same object."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and first.device == second.device and torch.equal(first, second)
+    return first is second or (type(first) is type(second) and isinstance(first, int | float | str) and first == second)
 
 
 def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:

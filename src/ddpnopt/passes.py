@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from .conditions import Conditions
+from .errors import StepError
 
 
 @dataclass(eq=False)
@@ -108,6 +109,14 @@ class Pass:
     outputs: list[Tensor] = field(default_factory=list)
     edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
     reached: bool = False
+
+    def check_unwritten(self) -> None:
+        """Raise :class:`StepError` if an argument was written into since the forward pass."""
+        if self.versions != versions((self.args, self.kwargs)):
+            raise StepError(
+                "an input of the model was written into after the forward pass (by the loop, or by the model itself), "
+                "and step() needs it again: give the model a copy, x.clone(), or do not work in place on it"
+            )
 
 
 def versions(tree: Any) -> list[int]:
