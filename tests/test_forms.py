@@ -256,6 +256,17 @@ def test_arguments_of_no_sample_do_not_cost_accumulated_batches_their_feedback(a
         torch.testing.assert_close(new, wanted, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("between", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(8)], ids=["masks", "statistics"])
+def test_what_accumulated_batches_draw_does_not_pass_for_a_deviation(between: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), between(), nn.Linear(8, 3))
+    optimizer = DDPNOpt(model, 1e-9)
+    for _ in range(2):
+        nn.functional.cross_entropy(model(torch.randn(6, 4)), torch.randint(3, (6,))).backward()
+    optimizer.step()
+    for figures in optimizer.diagnostics()["layers"].values():
+        assert figures["feedback"] <= 1e-4 * figures["k"]
+
+
 def test_accumulated_batches_prepared_in_place_are_taken_and_later_writing_is_refused() -> None:
     case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
     optimizer = DDPNOpt(case.model)

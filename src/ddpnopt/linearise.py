@@ -219,9 +219,10 @@ def _pulled(
 
 
 def joined(parts: Sequence[Linearised]) -> Linearised | None:
-    """Several passes as one, batches side by side; ``None`` if their arguments do not stack.
+    """Several passes as one, batches side by side; ``None`` if they do not stack.
 
-    Arguments that lead with the batch are stacked; others (a flag, the number of tokens) have to be equal.
+    Arguments that lead with the batch are stacked; others (a flag, a count) have to be equal. Dropout masks and batch
+    statistics of several passes are not those of one: what they change would pass for a deviation.
 
     Raises:
         StepError: if an argument was written into after its forward pass.
@@ -232,7 +233,8 @@ def joined(parts: Sequence[Linearised]) -> Linearised | None:
     for recorded in passes:
         recorded.check_unwritten()
     trees = [pytree.tree_flatten((p.args, p.kwargs)) for p in passes]
-    if len({str(tree[1]) for tree in trees}) > 1 or len({tuple(p.visits) for p in passes}) > 1:
+    alike = len({str(tree[1]) for tree in trees}) == len({tuple(p.visits) for p in passes}) == 1
+    if not alike or any(p.own_draws for p in passes):
         return None
     leaves: list[Any] = []
     for values in zip(*(tree[0] for tree in trees), strict=True):
@@ -248,9 +250,8 @@ def joined(parts: Sequence[Linearised]) -> Linearised | None:
     batch = sum(p.batch for p in passes)
     whole = replace(passes[0], args=args, kwargs=kwargs, batch=batch, versions=versions((args, kwargs)))
     whole.visits = {i: _joined_visit([p.visits[i] for p in passes], parts[0].scale is None) for i in passes[0].visits}
-    return Linearised(
-        whole, None if parts[0].scale is None else torch.cat([p.scale for p in parts if p.scale is not None])
-    )
+    scales = [p.scale for p in parts if p.scale is not None]
+    return Linearised(whole, torch.cat(scales) if scales else None)
 
 
 def _leads(value: Any, batch: int) -> bool:

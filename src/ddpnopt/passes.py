@@ -89,6 +89,7 @@ class Pass:
         args, kwargs: detached; ``versions`` counts writes into them.
         batch: length of the first tensor among them.
         conditions: what else the pass depended on.
+        own_draws: it drew random numbers or wrote buffers: a larger batch would not have done the same.
         runs, visits: of layers, and of stages in the order they ran.
         leaves: the floating-point tensors of the output.
         cotangents: gradients at these.
@@ -109,6 +110,7 @@ class Pass:
     outputs: list[Tensor] = field(default_factory=list)
     edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
     reached: bool = False
+    own_draws: bool = False
 
     def check_unwritten(self) -> None:
         """Raise :class:`StepError` if an argument was written into since the forward pass."""

@@ -192,6 +192,7 @@ class Recorder:
         ended, self._current = self._current, None
         if ended is None:
             return
+        ended.own_draws = ended.conditions.changed(model)
         outputs = floating(output)
         ended.leaves = [Leaf.of(leaf) for leaf in outputs]
         ended.cotangents = [None] * len(outputs)
