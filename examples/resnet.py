@@ -3,7 +3,9 @@
 Run:  ddpnopt data fetch cifar10
       python examples/resnet.py [--optimizer adamw] [--data digits-images] [--feedback]
 
-What to expect: EXPECT
+What to expect: on DIGITS (``--epochs 4``) 92 to 99 % for DDPNOpt, epoch by epoch, and up to 98 % for AdamW, whose
+epochs are steadier and several times as fast. DDPNOpt runs without feedback here: BatchNorm mixes the samples of a
+batch, its columns are not those of single samples, and with ``--feedback`` the training loss rises above guessing's.
 """
 
 import time
