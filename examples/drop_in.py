@@ -45,4 +45,5 @@ for epoch in range(arguments.epochs):
         optimizer.step()
     with torch.no_grad():
         accuracy = (model(x[test]).argmax(1) == y[test]).float().mean()
-    print(f"epoch {epoch + 1}: test accuracy {100 * accuracy:.1f} %")
+        print(f"epoch {epoch + 1}: train loss {criterion(model(x[train]), y[train]):.4f}, ", end="")
+    print(f"test accuracy {100 * accuracy:.1f} %")

@@ -228,6 +228,62 @@ def test_accumulated_micro_batches_are_the_batch() -> None:
         torch.testing.assert_close(new, wanted, rtol=1e-8, atol=1e-8)
 
 
+class Flagged(nn.Module):
+    """Takes arguments that belong to no sample, as many models of other libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = NETWORKS["mlp"]().model
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | int = 0, *, mode: str = "") -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+
+@pytest.mark.parametrize("argument", [{"mask": None, "mode": "train"}, {"tokens": torch.tensor(7)}, {"tokens": 7}])
+def test_arguments_of_no_sample_do_not_cost_accumulated_batches_their_feedback(argument: dict[str, Any]) -> None:
+    def weights(parts: int) -> list[Tensor]:
+        torch.manual_seed(5)
+        model, criterion = Flagged(), nn.CrossEntropyLoss()
+        x, y = torch.randn(12, 4), torch.randint(3, (12,))
+        optimizer = DDPNOpt(model, 1.0)
+        for part_x, part_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (criterion(model(part_x, **argument), part_y) / parts).backward()
+        optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for new, wanted in zip(weights(3), weights(1), strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("between", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(8)], ids=["masks", "statistics"])
+def test_what_accumulated_batches_draw_does_not_pass_for_a_deviation(between: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), between(), nn.Linear(8, 3))
+    optimizer = DDPNOpt(model, 1e-9)
+    for _ in range(2):
+        nn.functional.cross_entropy(model(torch.randn(6, 4)), torch.randint(3, (6,))).backward()
+    optimizer.step()
+    for figures in optimizer.diagnostics()["layers"].values():
+        assert figures["feedback"] <= 1e-4 * figures["k"]
+
+
+def test_accumulated_batches_prepared_in_place_are_taken_and_later_writing_is_refused() -> None:
+    case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(case.model)
+    parts = [torch.randn(6, 4), torch.randn(6, 4)]
+    parts[0] -= 1.0
+    for part in parts:
+        criterion(case.model(part), torch.randint(3, (6,))).backward()
+    optimizer.step()
+    assert any(figures["feedback"] > 0 for figures in optimizer.diagnostics()["layers"].values())
+    optimizer.zero_grad()
+    for part in parts:
+        criterion(case.model(part), torch.randint(3, (6,))).backward()
+    parts[1] += 1.0
+    with pytest.raises(ValueError, match="written into"):
+        optimizer.step()
+
+
 def test_copies_and_pickles_train_on_without_touching_the_original() -> None:
     case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
     optimizer = DDPNOpt(case.model)

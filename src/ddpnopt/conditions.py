@@ -10,16 +10,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Conditions:
-    """States of the random number generators (the CPU's, then the model's GPUs'), and of autocast."""
+    """States of the random number generators (the CPU's, then the model's GPUs') and of autocast; buffers' versions."""
 
     rng: list[Tensor]
     autocast: tuple[str, torch.dtype, bool]
+    buffers: list[int]
 
     @staticmethod
     def now(model: nn.Module, device: str) -> "Conditions":
         """The conditions at present; ``device``: the type of the inputs' device."""
         autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return Conditions(rng_states(model), autocast)
+        return Conditions(rng_states(model), autocast, _versions(model))
+
+    def changed(self, model: nn.Module) -> bool:
+        """Whether random numbers were drawn or buffers written since (dropout, batch statistics)."""
+        drawn = any(not torch.equal(a, b) for a, b in zip(self.rng, rng_states(model), strict=True))
+        return drawn or self.buffers != _versions(model)
 
     @contextlib.contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
@@ -55,6 +61,10 @@ def redrawn(model: nn.Module, states: list[Tensor]) -> Iterator[None]:
 
 def _devices(model: nn.Module) -> list[torch.device]:
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def _versions(model: nn.Module) -> list[int]:
+    return [-1 if buffer.is_inference() else buffer._version for buffer in model.buffers()]
 
 
 def rng_states(model: nn.Module) -> list[Tensor]:

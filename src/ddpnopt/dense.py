@@ -30,8 +30,9 @@ from .bellman import BlockTerms, StagePolicy, block_policy, gram_and_cost
 from .columns import Columns, DenseColumns, over_uses
 from .curvature import Curvature
 from .errors import StepError
+from .joined import joined
 from .layers import Block, Call
-from .linearise import Linearised, TerminalValue, joined
+from .linearise import Linearised, TerminalValue
 from .network import Layer, Network, Stage, flattened, is_sequential
 from .passes import Run
 from .value import DensePolicy, SampleValue

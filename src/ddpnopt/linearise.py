@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ from .conditions import redrawn
 from .errors import StepError
 from .layers import Call
 from .network import Layer
-from .passes import Pass, Run, Visit
-from .state import joined_state
+from .passes import Pass, Run
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
@@ -223,46 +222,6 @@ def _pulled(
             present = [p for p in pulled if p is not None]
             slots[i] = torch.stack(present) if len(present) == len(pulled) else None
     return again, len(factor), factor.device
-
-
-def joined(parts: Sequence[Linearised]) -> Linearised | None:
-    """Several passes as one, batches side by side; ``None`` if their arguments do not stack."""
-    if len(parts) == 1:
-        return parts[0]
-    passes = [part.recorded for part in parts]
-    trees = [pytree.tree_flatten((p.args, p.kwargs)) for p in passes]
-    stacked = []
-    for leaves in zip(*(tree[0] for tree in trees), strict=True) if len({str(tree[1]) for tree in trees}) == 1 else ():
-        if not all(
-            isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == p.batch
-            for leaf, p in zip(leaves, passes, strict=True)
-        ):
-            return None
-        if len({leaf.shape[1:] for leaf in leaves}) > 1:
-            return None
-        stacked.append(torch.cat(leaves))
-    if not stacked or len({tuple(p.visits) for p in passes}) > 1:
-        return None
-    args, kwargs = pytree.tree_unflatten(stacked, trees[0][1])
-    whole = replace(passes[0], args=args, kwargs=kwargs, batch=sum(p.batch for p in passes))
-    columns = parts[0].scale is None
-    whole.visits = {i: _joined_visit([p.visits[i] for p in passes], columns) for i in passes[0].visits}
-    states = [p.state for p in passes if p.state is not None]
-    whole.state = joined_state(states, columns) if len(states) == len(passes) else None
-    if states and whole.state is None:
-        return None
-    return Linearised(
-        whole, None if parts[0].scale is None else torch.cat([p.scale for p in parts if p.scale is not None])
-    )
-
-
-def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
-    inputs = [torch.cat(xs) for xs in zip(*(v.inputs for v in visits), strict=True)]
-    cotangents = [
-        None if any(c is None for c in cs) else torch.cat([c for c in cs if c is not None], dim + int(columns))
-        for dim, *cs in zip(visits[0].dims, *(v.cotangents for v in visits), strict=True)
-    ]
-    return Visit(inputs, cotangents, visits[0].dims)
 
 
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:

@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from .conditions import Conditions
+from .errors import StepError
 
 
 @dataclass(eq=False)
@@ -156,6 +157,7 @@ class Pass:
         args, kwargs: detached; ``versions`` counts writes into them.
         batch: length of the first tensor among them.
         conditions: what else the pass depended on.
+        own_draws: it drew random numbers or wrote buffers: a larger batch would not have done the same.
         runs, visits: of layers, and of stages in the order they ran.
         state: what lives at the cuts, where this was asked for.
         leaves: the floating-point tensors of the output.
@@ -178,6 +180,15 @@ class Pass:
     outputs: list[Tensor] = field(default_factory=list)
     edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
     reached: bool = False
+    own_draws: bool = False
+
+    def check_unwritten(self) -> None:
+        """Raise :class:`StepError` if an argument was written into since the forward pass."""
+        if self.versions != versions((self.args, self.kwargs)):
+            raise StepError(
+                "an input of the model was written into after the forward pass (by the loop, or by the model itself), "
+                "and step() needs it again: give the model a copy, x.clone(), or do not work in place on it"
+            )
 
     def slots(self) -> list[list[Tensor | None]]:
         """Every list that gradients arrive in."""

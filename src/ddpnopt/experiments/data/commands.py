@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ddpnopt.experiments.data.catalogue import DATASETS, source
+from ddpnopt.experiments.data.catalogue import DATASETS, TEXTS, files_of
 from ddpnopt.experiments.data.fetch import fetch
-from ddpnopt.experiments.data.published import FileSet
 
 _FAILED = 2
 _NUMBERS = frozenset({"train", "validation", "test", "classes"})
@@ -75,13 +74,16 @@ def table() -> Table:
         origin, here = _origin(name)
         samples, shape = (f"{count:,}" for count in entry.samples), " x ".join(map(str, entry.shape))
         shown.add_row(name, entry.title, *samples, shape, str(entry.classes), origin, entry.licence, here)
+    for name, text in TEXTS.items():
+        origin, here = _origin(name)
+        shown.add_row(name, text.title, "", "", "", f"{text.characters:,} characters", "", origin, text.licence, here)
     return shown
 
 
 def verify(name: str, say: Callable[[str], None]) -> None:
     """Say that a set is here with the published checksums, or raise ValueError with what is wrong and what to do."""
-    files = source(name).read
-    if not isinstance(files, FileSet):
+    files = files_of(name)
+    if files is None:
         say(f"{name} comes with scikit-learn; it has no files of its own")
         return
     home = files.home(None)
@@ -93,8 +95,8 @@ def verify(name: str, say: Callable[[str], None]) -> None:
 
 def _origin(name: str) -> tuple[str, str]:
     """Where a set comes from, and whether it is here."""
-    files = source(name).read
-    if not isinstance(files, FileSet):
+    files = files_of(name)
+    if files is None:
         return "scikit-learn", "yes"
     home = files.home(None)
     return files.package.title if files.package else "its authors", str(home) if home else "no"
@@ -103,28 +105,28 @@ def _origin(name: str) -> tuple[str, str]:
 def _to_fetch(command: Fetch) -> tuple[str, ...]:
     if bool(command.names) == command.all:
         raise ValueError("name the datasets to fetch, or give --all; `ddpnopt data list` shows them")
-    return tuple(name for name in DATASETS if _has_package(name)) if command.all else _known(command.names)
+    return tuple(name for name in (*DATASETS, *TEXTS) if _has_package(name)) if command.all else _known(command.names)
 
 
 def _to_verify(command: Verify) -> tuple[str, ...]:
-    return _known(command.names) or tuple(name for name in DATASETS if _has_files(name))
+    return _known(command.names) or tuple(name for name in (*DATASETS, *TEXTS) if _has_files(name))
 
 
 def _known(names: tuple[str, ...]) -> tuple[str, ...]:
     lower = tuple(dict.fromkeys(name.lower() for name in names))
     for name in lower:
-        source(name)
+        files_of(name)
     return lower
 
 
 def _has_package(name: str) -> bool:
-    files = source(name).read
-    return isinstance(files, FileSet) and files.package is not None
+    files = files_of(name)
+    return files is not None and files.package is not None
 
 
 def _has_files(name: str) -> bool:
-    files = source(name).read
-    return isinstance(files, FileSet) and files.home(None) is not None
+    files = files_of(name)
+    return files is not None and files.home(None) is not None
 
 
 def _each(names: tuple[str, ...], doing: str, work: Callable[[str, Callable[[str], None]], None]) -> int:

@@ -72,6 +72,21 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A text, from which whoever trains on it cuts samples: read the file.
+
+    Attributes:
+        title: the name people use.
+        characters: how many it has.
+        licence: as stated by whoever hands out the files, and by whom.
+    """
+
+    title: str
+    characters: int
+    licence: str
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A dataset in memory: its entry in ``DATASETS`` and its three parts."""
 

