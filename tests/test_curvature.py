@@ -11,7 +11,7 @@ from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Identity, Kronecker, lina
 from ddpnopt.columns import OuterColumns
 from ddpnopt.curvature import Curvature
 from ddpnopt.curvature.base import State
-from ddpnopt.curvature.kronecker import split_ridge
+from ddpnopt.curvature.factor import split_ridge
 from ddpnopt.inverse import Separable
 
 OUT, FAN_IN = 3, 5
@@ -40,7 +40,7 @@ def test_inverses_are_of_the_damped_factors_at_the_last_refresh() -> None:
     curvature, ridge = Kronecker(refresh_every=3), 0.2
     state, seen = advanced(curvature, 5, ridge)
     S, A = (torch.stack([c.factors()[i] for c in seen[:4]]).mean(0) for i in (0, 1))
-    l1, l2 = split_ridge(S, A, ridge)
+    l1, l2 = split_ridge(S.diagonal().mean(), A.diagonal().mean(), ridge)
     inverse = curvature.inverse(state, ridge)
     assert isinstance(inverse, Separable)
     torch.testing.assert_close(inverse.out, torch.linalg.inv(S + l1 * torch.eye(OUT)))

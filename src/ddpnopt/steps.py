@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .bellman import BlockTerms, StagePolicy, backward_pass, size
+from .bellman import BlockPolicy, BlockTerms, StagePolicy, backward_pass, size
 from .columns import Columns, DenseColumns
 from .curvature import Curvature
 from .curvature.base import State
@@ -175,8 +175,7 @@ def closed_loop(task: Task) -> Outcome:
     def apply(stage: Stage, weights: Tensor, r: Tensor | None) -> None:
         policy = policies[stage]
         for (block, _), part in zip(blocks[stage], policy.blocks, strict=True):
-            control, velocity = part.move(weights)
-            _write(block, control)
+            velocity = _move(block, part, weights)
             outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
         own = policy.policy
         outcome.figures[stage.name] = partial(_figures, policy.gram, own.k_weights, weights, own.predicted)
@@ -243,7 +242,9 @@ def _name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> N
 
 def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
     state, velocity = task.own_state(block)
-    return BlockTerms(columns, _wide(matrix_of(block, block.parameters)), velocity, *task.settings(block), state)
+    lr, decay, momentum = task.settings(block)
+    control = _wide(matrix_of(block, block.parameters)) if decay else None
+    return BlockTerms(columns, control, velocity, lr, decay, momentum, state)
 
 
 def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) -> None:
@@ -253,8 +254,7 @@ def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) ->
     value = _value(task.coupling, one, 1, 1.0)
     (policy,) = backward_pass([[terms]], value, task.curvature.without_factors(), 1, feedback=task.feedback)
     (part,) = policy.blocks
-    control, velocity = part.move(policy.policy.k_weights)
-    _write(block, control)
+    velocity = _move(block, part, policy.policy.k_weights)
     outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
 
 
@@ -283,6 +283,15 @@ def _with_velocity(state: State, velocity: Tensor | None) -> State:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _move(block: Block, part: BlockPolicy, weights: Tensor) -> Tensor | None:
+    sides = block.sides()
+    if all(side.data_ptr() == p.data_ptr() for side, p in zip(sides, block.parameters, strict=True)):
+        return part.move_(sides, weights)
+    velocity = part.move_(sides, weights)
+    _write(block, torch.cat(sides, 1))  # a parameter that is no view of its matrix, channels_last say
+    return velocity
 
 
 def _write(block: Block, matrix: Tensor) -> None:

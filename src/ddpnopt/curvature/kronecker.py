@@ -1,37 +1,18 @@
 """M = S (x) A, separable, damped inside its factors: K-FAC's curvature and the default here."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .. import linalg
 from ..columns import Columns
 from ..inverse import Inverse, Separable
+from . import factor
 from .adaptive import Adaptive
 from .base import Curvature, State, check_beta, check_damping, check_refresh
 
 STALE = 1.1
 """Inverses are computed again at once when the ridge has changed by more than this factor since."""
-
-
-def averaged(state: State, columns: Columns, beta: float) -> State:
-    """Step count and moving averages of the factors ``S`` and ``A``; weight of the past ``min(beta, 1 - 1/t)``."""
-    step = state.get("step", 0) + 1
-    past = min(beta, 1 - 1 / step)
-    factors = zip(("S", "A"), columns.factors(), strict=True)
-    moments = {name: past * state[name] + (1 - past) * new if name in state else new for name, new in factors}
-    return {**state, "step": step, **moments}
-
-
-def split_ridge(S: Tensor, A: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """``l1, l2`` with ``l1 l2 = ridge`` for ``(S + l1) (x) (A + l2)``, in proportion to the mean eigenvalues."""
-    mean_S, mean_A = (m.sum() / len(m) if m.ndim == 1 else m.diagonal().mean() for m in (S, A))
-    pi = (mean_A / mean_S).sqrt()
-    pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
-    return math.sqrt(ridge) / pi, math.sqrt(ridge) * pi
 
 
 @dataclass(frozen=True)
@@ -61,6 +42,8 @@ class Kronecker(Curvature):
     damping: float = 0.1
     refresh_every: int = 10
     beta: float = 0.95
+    average_every: int = 1
+    rank: int | None = 32
 
     def __post_init__(self) -> None:
         check_damping("Kronecker", self.damping)
@@ -72,28 +55,27 @@ class Kronecker(Curvature):
 
     def advance(self, state: State, columns: Columns | None, gradient: Callable[[], Tensor], ridge: float) -> State:
         assert columns is not None
-        new = averaged(state, columns, self.beta)
-        due = (new["step"] - 1) % self.refresh_every == 0 or not _near(ridge, new["ridge"])
+        past_steps = state.get("step", 0)
+        new = {**state, "step": past_steps + 1}
+        if past_steps % self.average_every == 0:
+            times = past_steps // self.average_every  # that the factors were averaged before
+            past = min(self.beta, 1 - 1 / (times + 1))
+            for name, moment in zip(("S", "A"), columns.moments(), strict=True):
+                new |= factor.averaged(state, name, moment, past, self.rank)
+        due = past_steps % self.refresh_every == 0 or not _near(ridge, state["ridge"])
         return self._refreshed(new, ridge) if due else new
 
     def _refreshed(self, state: State, ridge: float) -> State:
-        inverses: State = {}
-        failures = state.get("failures", 0)
-        for name, damping in zip(("S", "A"), split_ridge(state["S"], state["A"], ridge), strict=True):
-            factor = state[name]
-            if factor.ndim == 1:
-                inverses[f"{name}_inverse"] = (factor + damping).reciprocal()
-                continue
-            damped = factor + damping * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-            inverse, failed = linalg.inverse(damped)
-            failures += failed
-            if inverse is None:
-                inverse = state.get(f"{name}_inverse", damped.diagonal().reciprocal())
-            inverses[f"{name}_inverse"] = inverse
-        return {**state, **inverses, "ridge": ridge, "failures": failures}
+        new = {**state, "ridge": ridge}
+        means = (factor.mean_eigenvalue(state, name) for name in ("S", "A"))
+        for name, damping in zip(("S", "A"), factor.split_ridge(*means, ridge), strict=True):
+            inverse, failures = factor.inverted(state, name, damping)
+            new |= inverse
+            new["failures"] = new.get("failures", 0) + failures
+        return new
 
     def inverse(self, state: State, ridge: float) -> Inverse:
-        return Separable(state["S_inverse"], state["A_inverse"])
+        return Separable(factor.side(state, "S"), factor.side(state, "A"))
 
     def without_factors(self) -> Curvature:
         # one gradient makes factors of rank one, blind in all other directions: a diagonal serves

@@ -32,6 +32,10 @@ class Block:
         sides = [_as_matrix(tensor) for tensor in tensors]
         return sides[0] if len(sides) == 1 else torch.cat(sides, 1)
 
+    def sides(self) -> list[Tensor]:
+        """The parameters themselves as matrices ``[out, n]``, side by side the block's: writing moves them."""
+        return [_as_matrix(parameter.detach()) for parameter in self.parameters]
+
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of :meth:`matrix`."""
         widths = [_as_matrix(parameter).shape[1] for parameter in self.parameters]
@@ -42,7 +46,7 @@ class Block:
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
-    return tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
 
 
 @dataclass(frozen=True)
