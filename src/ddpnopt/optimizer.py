@@ -197,7 +197,7 @@ class DDPNOpt(torch.optim.Optimizer):
             self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal, self.coupling,
             self.feedback, self._recorder, found.passes, gradients, found.graph, loss_scale, self._steps,
         )  # fmt: skip
-        with Transaction(self._names) as transaction:
+        with self._transaction as transaction:
             outcome = open_loop(task) if without_feedback else closed_loop(task)
             transaction.check()
         sizes = {block.parameters[0]: len(block.parameters) for block in task.blocks()}
@@ -233,7 +233,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad}
         self._network: Network = read_network(self.model, self._group_of, self.stages, self._refused)
         known = {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
-        self._names = {known.get(p, f"parameter {i}"): p for i, p in enumerate(self._group_of)}
+        self._transaction = Transaction({known.get(p, f"parameter {i}"): p for i, p in enumerate(self._group_of)})
 
     # --- persistence -----------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class Kronecker(Curvature):
     damping: float = 0.1
     refresh_every: int = 10
     beta: float = 0.95
-    average_every: int = 1
+    average_every: int = 10
     rank: int | None = 32
 
     def __post_init__(self) -> None:
