@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -35,11 +36,8 @@ from ddpnopt.experiments.train import batches, evaluate
 DEAREST = Kronecker(average_every=1, rank=None)
 VARIANTS: Mapping[str, Kronecker] = {
     "whole, averaged every step": DEAREST,
-    "whole, averaged every 5": Kronecker(average_every=5, rank=None),
     "whole, averaged every 10": Kronecker(average_every=10, rank=None),
-    "rank 32, averaged every step": Kronecker(average_every=1, rank=32),
     "rank 32, averaged every 10": Kronecker(average_every=10, rank=32),
-    "rank 16, averaged every 10": Kronecker(average_every=10, rank=16),
 }
 
 
@@ -97,9 +95,12 @@ class Arguments:
     """Folder of the page."""
 
 
+loaded = lru_cache(data.load)
+
+
 def accuracy(task: Task, curvature: Kronecker, lr: float, seed: int, folder: Path | None) -> float:
     """Validation accuracy in percent after the task's steps; of the last good weights if a step is not finite."""
-    dataset = data.load(task.dataset, folder)
+    dataset = loaded(task.dataset, folder)
     config = resolve(TrainConfig(dataset=task.dataset, batch_size=task.batch, epochs=1000, seed=seed))
     with own_random_state(seed, threads=1):
         model, criterion = task.build(dataset.source, seed), nn.CrossEntropyLoss()

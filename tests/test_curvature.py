@@ -31,13 +31,13 @@ def advanced(curvature: Curvature, steps: int, ridge: float = 0.1) -> tuple[Stat
 
 
 def test_moving_averages_start_as_means() -> None:
-    state, seen = advanced(Kronecker(beta=0.9), 4)
+    state, seen = advanced(Kronecker(beta=0.9, average_every=1), 4)
     for i, name in enumerate(("S", "A")):
         torch.testing.assert_close(state[name], torch.stack([c.factors()[i] for c in seen]).mean(0))
 
 
 def test_inverses_are_of_the_damped_factors_at_the_last_refresh() -> None:
-    curvature, ridge = Kronecker(refresh_every=3), 0.2
+    curvature, ridge = Kronecker(refresh_every=3, average_every=1), 0.2
     state, seen = advanced(curvature, 5, ridge)
     S, A = (torch.stack([c.factors()[i] for c in seen[:4]]).mean(0) for i in (0, 1))
     l1, l2 = split_ridge(S.diagonal().mean(), A.diagonal().mean(), ridge)

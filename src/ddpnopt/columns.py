@@ -5,7 +5,8 @@ sequence, and uses, if a layer runs several times), a block's gradient is ``[out
 ``(r, b)`` with ``b`` fastest; its gradient ``U_n`` is that of column ``r`` of sample ``b``'s own loss.
 
 Two forms: :class:`OuterColumns` keeps the factors ``v`` and ``x`` of ``U_n = sum_s v_ns x_bs'``;
-:class:`DenseColumns` keeps ``U``. Both answer the same questions, and a test equates them.
+:class:`DenseColumns` keeps ``U``; :class:`ScaledColumns` is either, times a number per sample. All answer the same
+questions, and a test equates them.
 """
 
 from abc import ABC, abstractmethod
@@ -99,6 +100,10 @@ class Columns(ABC):
         """One column per sample: ``sum_r w_rb U_rb`` for weights ``[R, B]``."""
 
     @abstractmethod
+    def multiplied(self, scale: Tensor) -> "Columns":
+        """``scale_b U_rb`` for numbers ``[B]``."""
+
+    @abstractmethod
     def first(self, count: int) -> "Columns":
         """The first ``count`` columns of every sample."""
 
@@ -157,6 +162,9 @@ class DenseColumns(Columns):
 
     def combined(self, weights: Tensor) -> "DenseColumns":
         return DenseColumns((weights.to(self.values.dtype)[..., None, None] * self.values).sum(0, keepdim=True))
+
+    def multiplied(self, scale: Tensor) -> "DenseColumns":
+        return DenseColumns(self.values * scale.to(self.values.dtype)[:, None, None])
 
     def first(self, count: int) -> "DenseColumns":
         return DenseColumns(self.values[:count])
@@ -279,12 +287,72 @@ class OuterColumns(Columns):
     def combined(self, weights: Tensor) -> "OuterColumns":
         return OuterColumns((weights.to(self.v.dtype)[..., None, None] * self.v).sum(0, keepdim=True), self.x)
 
+    def multiplied(self, scale: Tensor) -> "OuterColumns":
+        return OuterColumns(self.v * scale.to(self.v.dtype)[:, None, None], self.x)
+
     def first(self, count: int) -> "OuterColumns":
         return OuterColumns(self.v[:count], self.x)
 
     def absent(self, batch: int) -> "OuterColumns":
         shape = self.v.shape
         return OuterColumns(self.v.new_zeros(shape[0], batch, *shape[2:]), self.x.new_zeros(batch, *self.x.shape[1:]))
+
+
+@dataclass(frozen=True)
+class ScaledColumns(Columns):
+    """``scale_b U_rb`` for numbers ``scale [B]``, without touching what is as large as the gradients."""
+
+    columns: Columns
+    scale: Tensor
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        return self.columns.count
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self.columns.batch
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        return self.columns.weighted(weights * self.scale)
+
+    def directional(self, direction: Tensor) -> Tensor:
+        return self.columns.directional(direction) * self.scale
+
+    def gram(self, inverse: Inverse) -> Tensor:
+        scale = self.scale.repeat(self.count)
+        return self.columns.gram(inverse).mul_(scale[:, None] * scale)
+
+    def sample_gram(self, inverse: Inverse) -> Tensor:
+        return self.columns.sample_gram(inverse) * self.scale.square()[:, None, None]
+
+    def solve_weighted(self, inverse: Inverse, weights: Tensor) -> Tensor:
+        return self.columns.solve_weighted(inverse, weights * self.scale)
+
+    def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float) -> None:
+        self.columns.move_(control, inverse, weights * self.scale, alpha)
+
+    def moments(self) -> tuple[Moment, Moment]:
+        return self.plain().moments()
+
+    def squares(self, out: Tensor | None, fan_in: Tensor | None) -> Tensor:
+        return self.plain().squares(out, fan_in)
+
+    def combined(self, weights: Tensor) -> Columns:
+        return self.columns.combined(weights * self.scale)
+
+    def multiplied(self, scale: Tensor) -> "ScaledColumns":
+        return ScaledColumns(self.columns, self.scale * scale)
+
+    def first(self, count: int) -> "ScaledColumns":
+        return ScaledColumns(self.columns.first(count), self.scale)
+
+    def absent(self, batch: int) -> Columns:
+        return self.columns.absent(batch)
+
+    def plain(self) -> Columns:
+        """The same with the numbers multiplied in."""
+        return self.columns.multiplied(self.scale)
 
 
 def add_(control: Sequence[Tensor], direction: Tensor, alpha: float) -> None:
@@ -314,6 +382,7 @@ def over_uses(uses: Sequence[Columns]) -> Columns:
     """Columns of a layer that ran several times in one forward pass: gradients add up, uses are positions."""
     if len(uses) == 1:
         return uses[0]
+    uses = [use.plain() if isinstance(use, ScaledColumns) else use for use in uses]
     if all(isinstance(use, OuterColumns) for use in uses):
         outer = [use for use in uses if isinstance(use, OuterColumns)]
         return OuterColumns(torch.cat([u.v for u in outer], 2), torch.cat([u.x for u in outer], 1))
@@ -324,6 +393,7 @@ def over_batches(parts: Sequence[Columns]) -> Columns:
     """Columns of several forward passes (accumulated micro-batches) side by side: batches add up."""
     if len(parts) == 1:
         return parts[0]
+    parts = [part.plain() if isinstance(part, ScaledColumns) else part for part in parts]
     outer = [part for part in parts if isinstance(part, OuterColumns)]
     if len(outer) == len(parts):
         longest = max(part.positions for part in outer)

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .columns import Columns, over_batches, over_uses
+from .columns import Columns, ScaledColumns, over_batches, over_uses
 from .errors import StepError
 from .layers import Call
 from .network import Layer
 from .passes import Pass, Visit
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
+
+
+CACHED = 1 << 18
+"""Numbers of a deviation formed at once."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,17 @@ class Linearised:
     recorded: Pass
     scale: Tensor | None
 
+    def unscaled(self, cotangent: Tensor) -> Tensor:
+        """Columns ``[R, B, ...]``, at least in float32, but for ``scale``."""
+        cotangent = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
+        return cotangent if self.scale is None else cotangent[None]
+
     def columns(self, cotangent: Tensor) -> Tensor:
         """Columns ``[R, B, ...]``, at least in float32."""
-        cotangent = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
+        columns = self.unscaled(cotangent)
         if self.scale is None:
-            return cotangent
-        return (cotangent * self.scale.to(cotangent).view(-1, *[1] * (cotangent.ndim - 1)))[None]
+            return columns
+        return columns * self.scale.to(columns).view(-1, *[1] * (cotangent.ndim - 1))
 
     def deviation(self, stage: nn.Module, inputs: Sequence[Tensor], name: str) -> Tensor | None:
         """``r = P' dx [R, B]`` at a stage whose state has become ``inputs``; ``None`` if nothing before it moves."""
@@ -49,10 +58,9 @@ class Linearised:
         for x, new, cotangent in zip(visit.inputs, inputs, visit.cotangents, strict=True):
             if cotangent is None:
                 continue
-            dx = new - x
-            product = (self.columns(cotangent) * dx).flatten(2).sum(2)
+            product = inner_products(self.unscaled(cotangent), new, x)
             total = product if total is None else total + product
-        return total
+        return total if total is None or self.scale is None else total * self.scale.to(total)
 
 
 @dataclass(frozen=True)
@@ -252,6 +260,16 @@ def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
     return Visit(inputs, cotangents)
 
 
+def inner_products(columns: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``<P_rb, new_b - old_b>``, ``[R, B]``, for columns ``[R, B, ...]``; some samples at a time, which stay in cache."""
+    rows = max(1, CACHED * len(new) // max(1, new.numel()))
+    parts = []
+    for c, a, b in zip(columns.split(rows, 1), new.split(rows), old.split(rows), strict=True):
+        dx = (a - b).to(c.dtype).flatten(1)
+        parts.append(torch.linalg.vecdot(c.flatten(2), dx) if c.ndim > 2 else c * dx[:, 0])
+    return torch.cat(parts, 1)
+
+
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:
     """Columns of each of a layer's blocks over all passes.
 
@@ -264,12 +282,15 @@ def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] 
         if any(run.misfit for run in runs):
             return None
         calls = [
-            Call(run.args, run.kwargs, [None if c is None else one.columns(c) for c in run.cotangents])
+            Call(run.args, run.kwargs, [None if c is None else one.unscaled(c) for c in run.cotangents])
             for run in runs
             if any(c is not None for c in run.cotangents)
         ]
         uses = [layer.rule.columns(layer.module, layer.blocks, call) for call in calls]
-        parts.append([over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None)
+        found = [over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None
+        if found and one.scale is not None:  # gradients are linear in the cotangents, sample by sample
+            found = [ScaledColumns(columns, one.scale) for columns in found]
+        parts.append(found)
     some = next((part for part in parts if part is not None), None)
     if some is None:
         return None

@@ -52,7 +52,7 @@ def _weight_gradients(module: Convolution, x: Tensor, v: Tensor) -> Tensor:
             (False, True, False),
         )
         gradients.append(gradient.reshape(batch, module.out_channels, -1))
-    return torch.stack(gradients)
+    return gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)
 
 
 def _padded(module: Convolution, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
