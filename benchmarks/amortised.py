@@ -107,8 +107,10 @@ def accuracy(task: Task, curvature: Kronecker, lr: float, seed: int, folder: Pat
         optimizer = DDPNOpt(model, lr, curvature=curvature)
         for rows in islice(batches(config, len(dataset.train.y)), task.steps):
             x, y = dataset.train.x[rows], dataset.train.y[rows]
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
             try:
-                optimizer.step(lambda x=x, y=y: criterion(model(x), y))
+                optimizer.step()
             except StepError:
                 break
         return 100 * evaluate(model, criterion, dataset.validation)[1]

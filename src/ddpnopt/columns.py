@@ -18,8 +18,11 @@ from torch import Tensor
 
 from .inverse import Inverse, LowRank, Rotated, Separable, sandwich, times
 
-CHUNK = 1 << 23
-"""Largest number of per-sample gradient entries formed at once in :meth:`OuterColumns.gram`."""
+CHUNK = 1 << 18
+"""Largest number of per-sample gradient entries formed at once in :meth:`OuterColumns.gram`: they stay in cache."""
+
+ROWS = 128
+"""Rows of a Gram matrix computed at once; of each only the part up to the diagonal."""
 
 WIDEST = 4096
 """A side of a Kronecker factor above this keeps its diagonal only (an embedding's vocabulary, say)."""
@@ -214,8 +217,8 @@ class OuterColumns(Columns):
             return self.dense().gram(inverse)
         v, x = self.v.flatten(0, 2), self.x.flatten(0, 1)
         v_solved, x_solved = self._solve(inverse)
-        inputs = (x @ x_solved.mT).view(self.batch, s, self.batch, s)
-        outputs = (v @ v_solved.mT).view(self.count, self.batch, s, self.count, self.batch, s)
+        inputs = symmetric_product(x, x_solved).view(self.batch, s, self.batch, s)
+        outputs = symmetric_product(v, v_solved).view(self.count, self.batch, s, self.count, self.batch, s)
         gram = (outputs * inputs[None, :, :, None]).sum((2, 5)) if s > 1 else _hadamard(outputs, inputs)
         return gram.reshape(n, n) * inverse.scale
 
@@ -230,11 +233,12 @@ class OuterColumns(Columns):
     def _rotated_gram(self, inverse: Rotated) -> Tensor:
         v = times(self.v, inverse.out).flatten(0, 2)
         x = times(self.x, inverse.fan_in).flatten(0, 1).repeat(self.count, 1)
+        root = inverse.diagonal.rsqrt()
         gram = v.new_zeros(len(v), len(v))
         rows = max(1, CHUNK // (len(v) * x.shape[1]))
         for start in range(0, v.shape[1], rows):
-            u = v[:, start : start + rows, None] * x[:, None, :]
-            gram += u.flatten(1) @ (u / inverse.diagonal[start : start + rows]).flatten(1).mT
+            u = (v[:, start : start + rows, None] * (x[:, None, :] * root[start : start + rows])).flatten(1)
+            gram += symmetric_product(u, u)
         return gram
 
     def sample_gram(self, inverse: Inverse) -> Tensor:
@@ -374,8 +378,21 @@ def _hadamard(outputs: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``[N, N]`` inner products of gradients ``[R, B, out, fan_in]``."""
-    return left.flatten(0, 1).flatten(1) @ right.flatten(0, 1).flatten(1).mT
+    """``[N, N]`` inner products of gradients ``[R, B, out, fan_in]``, known to be symmetric."""
+    return symmetric_product(left.flatten(0, 1).flatten(1), right.flatten(0, 1).flatten(1))
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left right'`` for ``[n, side]`` of which it is known to be symmetric: little more than half of it is computed."""
+    n = len(left)
+    if n <= ROWS:
+        return left @ right.mT
+    product = left.new_empty(n, n)
+    for start in range(0, n, ROWS):
+        end = min(start + ROWS, n)
+        torch.mm(left[start:end], right[:end].mT, out=product[start:end, :end])
+        product[:start, start:end] = product[start:end, :start].mT
+    return product
 
 
 def over_uses(uses: Sequence[Columns]) -> Columns:

@@ -16,7 +16,6 @@ from .passes import Pass, Visit
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
-
 CACHED = 1 << 18
 """Numbers of a deviation formed at once."""
 
@@ -261,7 +260,7 @@ def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
 
 
 def inner_products(columns: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``<P_rb, new_b - old_b>``, ``[R, B]``, for columns ``[R, B, ...]``; some samples at a time, which stay in cache."""
+    """``<P_rb, new_b - old_b>``, ``[R, B]``, for columns ``[R, B, ...]``; a few samples at a time stay in cache."""
     rows = max(1, CACHED * len(new) // max(1, new.numel()))
     parts = []
     for c, a, b in zip(columns.split(rows, 1), new.split(rows), old.split(rows), strict=True):

@@ -26,8 +26,8 @@ SPARE = 8
 def averaged(state: State, name: str, moment: Moment, past: float, rank: int | None) -> State:
     """The factor ``name`` as ``past`` times itself plus ``1 - past`` times the new moment."""
     if rank is None or moment.side <= FULL * rank:
-        new = moment.matrix()
-        return {name: past * state[name] + (1 - past) * new if name in state else new}
+        whole = moment.matrix()
+        return {name: past * state[name] + (1 - past) * whole if name in state else whole}
     old = _low_rank(state, name) if f"{name}_basis" in state else None
     new = moment if old is None else replace(moment, scale=moment.scale * (1 - past))
     trace = new.trace() if old is None else new.trace() + past * state[f"{name}_trace"]

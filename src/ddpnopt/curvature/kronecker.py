@@ -9,7 +9,7 @@ from ..columns import Columns
 from ..inverse import Inverse, Separable
 from . import factor
 from .adaptive import Adaptive
-from .base import Curvature, State, check_beta, check_damping, check_refresh
+from .base import Curvature, State, check_beta, check_count, check_damping, check_refresh
 
 STALE = 1.1
 """Inverses are computed again at once when the ridge has changed by more than this factor since."""
@@ -21,7 +21,8 @@ class Kronecker(Curvature):
 
     ``A`` is the second moment of a layer's inputs (with a 1 for the bias), ``S`` that of the columns at its
     output, both moving averages over steps. For layers without such factors (convolutions, norms, ...) they are
-    the moments of the per-sample gradients themselves, scaled to the same trace.
+    the moments of the per-sample gradients themselves, scaled to the same trace. A factor wider than eight times
+    ``rank`` is kept as its leading directions, and the rest of its trace spread evenly over all others.
 
     Args:
         damping: ``delta`` in ``l1 l2 = lr * (delta + weight_decay)`` for the batch form, which bounds ``R`` below by
@@ -29,6 +30,10 @@ class Kronecker(Curvature):
         refresh_every: steps between two computations of the inverses; default 10. They are also computed when
             the ridge has changed by more than a factor of 1.1 (a scheduler's doing).
         beta: weight of the past in the moving averages; default 0.95.
+        average_every: steps between two batches that enter the moving averages; default ``None``, as often as the
+            inverses are computed.
+        rank: leading directions of a wide factor; default 32. ``None`` keeps every factor whole, which costs several
+            times as much on layers of 1,000 units.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -36,19 +41,21 @@ class Kronecker(Curvature):
     Example:
         >>> from ddpnopt import Kronecker
         >>> Kronecker(refresh_every=5)
-        Kronecker(damping=0.1, refresh_every=5, beta=0.95)
+        Kronecker(damping=0.1, refresh_every=5, beta=0.95, average_every=None, rank=32)
     """
 
     damping: float = 0.1
     refresh_every: int = 10
     beta: float = 0.95
-    average_every: int = 10
+    average_every: int | None = None
     rank: int | None = 32
 
     def __post_init__(self) -> None:
         check_damping("Kronecker", self.damping)
         check_refresh("Kronecker", self.refresh_every)
         check_beta("Kronecker", self.beta)
+        check_count("Kronecker", "average_every", self.average_every, "steps")
+        check_count("Kronecker", "rank", self.rank, "directions")
 
     def ridge(self, lr: float, decay: float, *, batch: bool) -> float:
         return lr * (self.damping + decay) if batch else self.damping
@@ -57,9 +64,9 @@ class Kronecker(Curvature):
         assert columns is not None
         past_steps = state.get("step", 0)
         new = {**state, "step": past_steps + 1}
-        if past_steps % self.average_every == 0:
-            times = past_steps // self.average_every  # that the factors were averaged before
-            past = min(self.beta, 1 - 1 / (times + 1))
+        every = self.average_every or self.refresh_every
+        if past_steps % every == 0:
+            past = min(self.beta, 1 - 1 / (past_steps // every + 1))
             for name, moment in zip(("S", "A"), columns.moments(), strict=True):
                 new |= factor.averaged(state, name, moment, past, self.rank)
         due = past_steps % self.refresh_every == 0 or not _near(ridge, state["ridge"])
@@ -67,8 +74,8 @@ class Kronecker(Curvature):
 
     def _refreshed(self, state: State, ridge: float) -> State:
         new = {**state, "ridge": ridge}
-        means = (factor.mean_eigenvalue(state, name) for name in ("S", "A"))
-        for name, damping in zip(("S", "A"), factor.split_ridge(*means, ridge), strict=True):
+        mean_S, mean_A = factor.mean_eigenvalue(state, "S"), factor.mean_eigenvalue(state, "A")
+        for name, damping in zip(("S", "A"), factor.split_ridge(mean_S, mean_A, ridge), strict=True):
             inverse, failures = factor.inverted(state, name, damping)
             new |= inverse
             new["failures"] = new.get("failures", 0) + failures
