@@ -147,9 +147,9 @@ def main(words: Sequence[str] | None = None) -> int:
     sections = "\n".join(section(TASKS[name], arguments) for name in chosen)
     page = f"""# Kronecker factors, averaged less often and kept by their leading directions
 
-Validation accuracy in percent against the learning rate, means over {arguments.seeds} paired seeds. The difference is over
-all learning rates and seeds, run by run, with its standard error. Other settings are `Kronecker()`'s defaults; a factor
-up to 8 times the rank wide is kept whole, so on narrow networks the rank changes nothing.
+Validation accuracy in percent against the learning rate, means over {arguments.seeds} paired seeds. The difference
+is over all learning rates and seeds, run by run, with its standard error. Other settings are `Kronecker()`'s defaults;
+a factor up to 8 times the rank wide is kept whole, so on narrow networks the rank changes nothing.
 
 {sections}
 Command: `{command("amortised.py", arguments, ("tasks", "lrs", "seeds"))}` ({duration(time.perf_counter() - began)}), \

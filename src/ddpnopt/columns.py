@@ -383,7 +383,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left right'`` for ``[n, side]`` of which it is known to be symmetric: little more than half of it is computed."""
+    """``left right'`` for ``[n, side]`` that is known to be symmetric: for many rows half of it is computed."""
     n = len(left)
     if n <= ROWS:
         return left @ right.mT
