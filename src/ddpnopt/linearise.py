@@ -273,7 +273,7 @@ def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] 
     """Columns of each of a layer's blocks over all passes.
 
     ``None`` if no gradient reached the layer, or its outputs do not lead with the batch; a pass that did not use it
-    has columns of zero.
+    has columns of zero. The runs let go of their cotangents.
     """
     parts: list[list[Columns] | None] = []
     for one in linearised:
@@ -285,7 +285,11 @@ def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] 
             for run in runs
             if any(c is not None for c in run.cotangents)
         ]
-        uses = [layer.rule.columns(layer.module, layer.blocks, call) for call in calls]
+        for run in runs:
+            run.cotangents[:] = [None] * len(run.cotangents)  # large, and nobody asks for them again
+        uses = []
+        while calls:
+            uses.append(layer.rule.columns(layer.module, layer.blocks, calls.pop(0)))
         found = [over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None
         if found and one.scale is not None:  # gradients are linear in the cotangents, sample by sample
             found = [ScaledColumns(columns, one.scale) for columns in found]
