@@ -2,15 +2,15 @@
 
     python benchmarks/amortised.py
 
-Writes docs/results/amortised.md: what averaging the factors every few steps, and keeping wide ones by their leading
-directions, does to the accuracy.
+Writes docs/results/amortised-TASK.md for each task: what averaging the factors every few steps, and keeping wide ones
+by their leading directions, does to the accuracy.
 """
 
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -92,7 +92,7 @@ class Arguments:
     """Folder with the files of fashion-mnist. None: DDPNOPT_DATA, then the system's."""
 
     out: Path = RESULTS
-    """Folder of the page."""
+    """Folder of the pages."""
 
 
 loaded = lru_cache(data.load)
@@ -139,27 +139,32 @@ def section(task: Task, arguments: Arguments) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Train, write the page; returns the exit code."""
     arguments = tyro.cli(Arguments, args=words)
-    began = time.perf_counter()
     chosen = arguments.tasks or tuple(name for name in TASKS if at_hand(TASKS[name].dataset, arguments.data))
     if unknown := [name for name in chosen if name not in TASKS]:
         print(f"amortised: unknown task {unknown[0]!r}; choose among {', '.join(TASKS)}", file=sys.stderr)
         return 2
-    sections = "\n".join(section(TASKS[name], arguments) for name in chosen)
-    page = f"""# Kronecker factors, averaged less often and kept by their leading directions
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        began, own = time.perf_counter(), replace(arguments, tasks=(name,))
+        tables = section(TASKS[name], own)
+        path = arguments.out / f"amortised-{name}.md"
+        write_atomic(path, page(tables, own, time.perf_counter() - began).encode())
+        print(path)
+    return 0
+
+
+def page(tables: str, arguments: Arguments, seconds: float) -> str:
+    """What the tables are, and the command that makes them again."""
+    return f"""# Kronecker factors, averaged less often and kept by their leading directions
 
 Validation accuracy in percent against the learning rate, means over {arguments.seeds} paired seeds. The difference
 is over all learning rates and seeds, run by run, with its standard error. Other settings are `Kronecker()`'s defaults;
 a factor up to 8 times the rank wide is kept whole, so on narrow networks the rank changes nothing.
 
-{sections}
-Command: `{command("amortised.py", arguments, ("tasks", "lrs", "seeds"))}` ({duration(time.perf_counter() - began)}), \
+{tables}
+Command: `{command("amortised.py", arguments, ("tasks", "lrs", "seeds"))}` ({duration(seconds)}), \
 ddpnopt {version("ddpnopt")}, torch {torch.__version__}.
 """
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "amortised.md"
-    write_atomic(path, page.encode())
-    print(path)
-    return 0
 
 
 if __name__ == "__main__":
