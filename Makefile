@@ -20,10 +20,11 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the pages of docs/results: robustness, convnet, step time (about an hour; resumable)
+bench: $(READY)  ## the pages of docs/results: robustness, convnet, step time, batch norm (about an hour; resumable)
 	$(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/convnet.py
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/batch_norm.py
 
 reproduce: $(READY)  ## the paper's experiments, full settings (hours; resumable): docs/results/paper/reproduce
 	$(BIN)/ddpnopt reproduce --out docs/results/paper --storage $(RUNS)

@@ -56,3 +56,11 @@ def test_a_run_on_record_is_not_repeated(main: Main, tmp_path: Path, capsys: pyt
 def test_an_unknown_dataset_is_refused_by_name(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mnist", "--out", str(tmp_path)]) == 2
     assert "mnist" in capsys.readouterr().err
+
+
+def test_batch_norm_is_measured_against_a_step_that_is_exact_without_it(main: Main, tmp_path: Path) -> None:
+    measured = importlib.import_module("batch_norm")
+    assert measured.difference(0, 6, 1.0, training=False).error < 1e-12
+    assert 0.01 < measured.difference(0, 6, 1.0, training=True).error < 0.5
+    assert measured.main(["--batches", "6", "--lrs", "1", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert "| 6 | 1 | " in (tmp_path / "batch_norm.md").read_text()

@@ -9,6 +9,7 @@ from torch import Tensor
 from ddpnopt.columns import (
     Columns,
     DenseColumns,
+    Moment,
     OuterColumns,
     ScaledColumns,
     over_batches,
@@ -137,6 +138,7 @@ def test_blocks_do_not_change_a_symmetric_product(monkeypatch: pytest.MonkeyPatc
 def test_moments_are_factors_not_multiplied_out() -> None:
     for columns in (outer(2, 4, 3), outer(2, 4, 3).dense(), ScaledColumns(outer(2, 4, 3), torch.rand(4))):
         for moment, factor in zip(columns.moments(), columns.factors(), strict=True):
+            assert isinstance(moment, Moment)
             values = torch.randn(moment.side, 2)
             torch.testing.assert_close(moment.times(values), factor @ values)
             torch.testing.assert_close(moment.trace(), factor.trace())

@@ -12,7 +12,7 @@ from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Identity, Kronecker, lina
 from ddpnopt.columns import Moment, OuterColumns
 from ddpnopt.curvature import Curvature
 from ddpnopt.curvature.base import State
-from ddpnopt.curvature.factor import averaged, split_ridge
+from ddpnopt.curvature.factor import averaged, inverted, side, split_ridge
 from ddpnopt.inverse import LowRank, Separable
 
 OUT, FAN_IN = 3, 5
@@ -89,6 +89,11 @@ def test_a_wide_factor_follows_the_moving_average() -> None:
     torch.testing.assert_close(basis.T @ basis, torch.eye(6))
     best = torch.linalg.eigvalsh(average)[-6:]
     assert best.sum() * 0.99 < values.sum() <= best.sum() * (1 + 1e-9)
+    low = side(inverted(state, "A", torch.tensor(0.3))[0], "A")
+    assert isinstance(low, LowRank)
+    whole = torch.linalg.inv(low.times(torch.eye(60))) - 0.3 * torch.eye(60)
+    torch.testing.assert_close(whole.trace(), average.trace())
+    torch.testing.assert_close(whole @ basis, basis * values)
 
 
 @pytest.mark.parametrize("lr", [1e-6, 1.0, 1e6])

@@ -16,9 +16,9 @@ CORE = sorted(p for p in ROOT.rglob("*.py") if "experiments" not in p.parts)
 
 # a module may import only what stands before it
 ORDER = [
-    "errors", "linalg", "inverse", "columns", "curvature", "layers", "terminal", "value", "bellman", "network",
-    "conditions", "passes", "trajectory", "linearise", "rollout", "transaction", "dense", "steps", "evaluation",
-    "options", "report", "optimizer",
+    "errors", "linalg", "inverse", "columns", "row_columns", "curvature", "layers", "terminal", "value", "bellman",
+    "network", "conditions", "passes", "cuts", "hooks", "state", "trajectory", "linearise", "rollout", "transaction",
+    "dense", "steps", "evaluation", "options", "report", "optimizer",
 ]  # fmt: skip
 
 

@@ -5,7 +5,8 @@ sequence, and uses, if a layer runs several times), a block's gradient is ``[out
 ``(r, b)`` with ``b`` fastest; its gradient ``U_n`` is that of column ``r`` of sample ``b``'s own loss.
 
 Two forms: :class:`OuterColumns` keeps the factors ``v`` and ``x`` of ``U_n = sum_s v_ns x_bs'``;
-:class:`DenseColumns` keeps ``U``; :class:`ScaledColumns` is either, times a number per sample. All answer the same
+:class:`DenseColumns` keeps ``U``. A third, for tables of rows, is in :mod:`ddpnopt.row_columns`;
+:class:`ScaledColumns` is any of them, times a number per sample. All answer the same
 questions, and a test equates them.
 """
 
@@ -55,6 +56,17 @@ class Moment:
         return self.rows.square().sum() * self.scale / self.count
 
 
+@dataclass(frozen=True)
+class Diagonal:
+    """A Kronecker factor of which only the diagonal ``values [side]`` is kept."""
+
+    values: Tensor
+
+    def matrix(self) -> Tensor:
+        """The diagonal."""
+        return self.values
+
+
 class Columns(ABC):
     """Parameter gradients ``U`` of the columns of one block. ``count``: R; ``batch``: B."""
 
@@ -86,7 +98,7 @@ class Columns(ABC):
         add_(control, self.solve_weighted(inverse, weights), alpha)
 
     @abstractmethod
-    def moments(self) -> tuple[Moment, Moment]:
+    def moments(self) -> tuple[Moment | Diagonal, Moment | Diagonal]:
         """Kronecker factors ``S [out, out]``, ``A [fan_in, fan_in]`` with ``S (x) A ~ sum_n U_n U_n' / B``."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -113,6 +125,18 @@ class Columns(ABC):
     @abstractmethod
     def absent(self, batch: int) -> "Columns":
         """As many columns of zero per sample, for ``batch`` samples that did not use the block."""
+
+    @abstractmethod
+    def dense(self) -> "DenseColumns":
+        """The same columns with the gradients formed: ``R * B * out * fan_in`` numbers."""
+
+    def added(self, others: Sequence["Columns"]) -> "Columns | None":
+        """The sum with the columns of other uses, ``None`` if it has no better form than the dense one."""
+        return None
+
+    def beside(self, others: Sequence["Columns"]) -> "Columns | None":
+        """These and then the columns of other batches, ``None`` if that has no better form than the dense one."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -175,6 +199,9 @@ class DenseColumns(Columns):
     def absent(self, batch: int) -> "DenseColumns":
         return DenseColumns(self.values.new_zeros(self.count, batch, *self.values.shape[2:]))
 
+    def dense(self) -> "DenseColumns":
+        return self
+
 
 @dataclass(frozen=True)
 class OuterColumns(Columns):
@@ -198,7 +225,6 @@ class OuterColumns(Columns):
         return self.v.shape[2]
 
     def dense(self) -> DenseColumns:
-        """The same columns with the gradients formed: ``R * B * out * fan_in`` numbers."""
         return DenseColumns(torch.einsum("rbso,bsi->rboi", self.v, self.x))
 
     def weighted(self, weights: Tensor) -> Tensor:
@@ -336,7 +362,7 @@ class ScaledColumns(Columns):
     def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float) -> None:
         self.columns.move_(control, inverse, weights * self.scale, alpha)
 
-    def moments(self) -> tuple[Moment, Moment]:
+    def moments(self) -> tuple[Moment | Diagonal, Moment | Diagonal]:
         return self.plain().moments()
 
     def squares(self, out: Tensor | None, fan_in: Tensor | None) -> Tensor:
@@ -353,6 +379,9 @@ class ScaledColumns(Columns):
 
     def absent(self, batch: int) -> Columns:
         return self.columns.absent(batch)
+
+    def dense(self) -> DenseColumns:
+        return self.columns.dense().multiplied(self.scale)
 
     def plain(self) -> Columns:
         """The same with the numbers multiplied in."""
@@ -403,7 +432,8 @@ def over_uses(uses: Sequence[Columns]) -> Columns:
     if all(isinstance(use, OuterColumns) for use in uses):
         outer = [use for use in uses if isinstance(use, OuterColumns)]
         return OuterColumns(torch.cat([u.v for u in outer], 2), torch.cat([u.x for u in outer], 1))
-    return DenseColumns(torch.stack([_dense(use).values for use in uses]).sum(0))
+    kept = uses[0].added(uses[1:])
+    return DenseColumns(torch.stack([use.dense().values for use in uses]).sum(0)) if kept is None else kept
 
 
 def over_batches(parts: Sequence[Columns]) -> Columns:
@@ -418,11 +448,5 @@ def over_batches(parts: Sequence[Columns]) -> Columns:
         v = [pad(part.v, (0, 0, 0, longest - part.positions)) for part in outer]
         x = [pad(part.x, (0, 0, 0, longest - part.positions)) for part in outer]
         return OuterColumns(torch.cat(v, 1), torch.cat(x, 0))
-    return DenseColumns(torch.cat([_dense(part).values for part in parts], 1))
-
-
-def _dense(columns: Columns) -> DenseColumns:
-    if isinstance(columns, OuterColumns):
-        return columns.dense()
-    assert isinstance(columns, DenseColumns)
-    return columns
+    kept = parts[0].beside(parts[1:])
+    return DenseColumns(torch.cat([part.dense().values for part in parts], 1)) if kept is None else kept

@@ -19,30 +19,46 @@ class Conditions:
     def now(model: nn.Module, device: str) -> "Conditions":
         """The conditions at present; ``device``: the type of the inputs' device."""
         autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return Conditions(_rng_states(model), autocast)
+        return Conditions(rng_states(model), autocast)
 
     @contextlib.contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
         """Run the body under these conditions; afterwards buffers and generators are as before it."""
         buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-        rng = _rng_states(model)
+        named = [(module, dict(module._buffers)) for module in model.modules()]
         device, dtype, enabled = self.autocast
-        _set_rng_states(model, self.rng)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        # without gradients torch would fuse an evaluated transformer, and take its layers' sequences apart
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
+            with redrawn(model, self.rng), torch.autocast(device, dtype=dtype, enabled=enabled):
                 yield
         finally:
-            _set_rng_states(model, rng)
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, own in named:
+                module._buffers.update(own)  # a module may put a new tensor in a buffer's place
             for buffer, before in buffers.items():
                 # through .data: a graph recorded in the body is still to be differentiated, and must not see a change
                 buffer.data.copy_(before)
+
+
+@contextlib.contextmanager
+def redrawn(model: nn.Module, states: list[Tensor]) -> Iterator[None]:
+    """Draw random numbers from these states in the body; afterwards the generators are as before it."""
+    now = rng_states(model)
+    _set_rng_states(model, states)
+    try:
+        yield
+    finally:
+        _set_rng_states(model, now)
 
 
 def _devices(model: nn.Module) -> list[torch.device]:
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 
-def _rng_states(model: nn.Module) -> list[Tensor]:
+def rng_states(model: nn.Module) -> list[Tensor]:
+    """States of the CPU's generator and of those of the GPUs that hold the model's parameters."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
 
 

@@ -32,8 +32,8 @@ from .curvature import Curvature
 from .errors import StepError
 from .layers import Block, Call
 from .linearise import Linearised, TerminalValue, joined
-from .network import Layer, Network, Stage
-from .passes import Run, Visit
+from .network import Layer, Network, Stage, flattened, is_sequential
+from .passes import Run
 from .value import DensePolicy, SampleValue
 
 OTHERWISE = "use coupling='batch' or coupling='sample', which take any model"
@@ -100,11 +100,11 @@ def chain_of(model: object) -> list[nn.Module]:
     Raises:
         ValueError: if ``model`` is not a chain in the sense of :class:`Dense`; says why, and what to use instead.
     """
-    if not _is_sequential(model):
+    if not is_sequential(model):
         kind = f"a {type(model).__name__}" if isinstance(model, nn.Module) else "parameters without their module"
         raise ValueError(f"Dense() needs the model itself, an nn.Sequential, got {kind}; {OTHERWISE}")
     assert isinstance(model, nn.Sequential)
-    modules = _flattened(model)
+    modules = flattened(model)
     parameters = [p for module in modules for p in module.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ValueError(f"Dense() needs a chain that uses each layer once, but parameters are shared; {OTHERWISE}")
@@ -117,16 +117,6 @@ def chain_of(model: object) -> list[nn.Module]:
         if module.training and isinstance(module, RANDOM) and getattr(module, "p", 1) > 0:
             raise ValueError(f"Dense() cannot follow the random numbers of {name}; {OTHERWISE}, or model.eval()")
     return modules
-
-
-def _is_sequential(module: object) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-def _flattened(module: nn.Module) -> list[nn.Module]:
-    if not _is_sequential(module) or module._parameters:
-        return [module]
-    return [inner for child in module._modules.values() if child is not None for inner in _flattened(child)]
 
 
 def _stages(model: nn.Module, network: Network) -> list[tuple[Stage, Layer, list[nn.Module]]]:
@@ -261,8 +251,9 @@ def sweep(
         decrease = end.weight * change[0].sum() / 2
         policies[stage] = StagePolicy(DensePolicy(k_weights, decrease, end.weight), tuple(ready), gram)
         blocks[stage] = [(block, Q) for block, (_, Q) in zip(layer.blocks, columns, strict=True)]
-        inputs = visits[layer.module].inputs
-        visits[layer.module] = Visit(inputs, [None] * len(inputs) if first else [_unit_columns(x)])
+        visit = visits[layer.module]
+        unit: list[Tensor | None] = [None] * len(visit.inputs) if first else [_unit_columns(x)]
+        visits[layer.module] = replace(visit, cotangents=unit)
         V_x, V_xx = expansion.Q_x - change[1:].mT, expansion.Q_xx - gram[:, 1:, 1:]
     return Linearised(replace(whole.recorded, visits=visits), None), blocks, policies
 

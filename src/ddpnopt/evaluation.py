@@ -79,7 +79,7 @@ def evaluate(
     if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
         return Evaluated(loss, earlier, _own(parameters))
     wanted = parameters if every else _not_in_columns(network, fresh)
-    with recorder.muted():
+    with recorder.muted(collecting=True):
         gradients = _differentiated(loss, fresh, wanted, retain_graph=keep_graph)
     if earlier:
         for parameter, gradient in _own(parameters).items():
@@ -104,16 +104,22 @@ def check_evaluated(found: Evaluated, network: Network) -> None:
 
 
 def _own(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    own = {p: p.grad for p in parameters if p.grad is not None}
-    return {p: gradient.to_dense() if gradient.is_sparse else gradient for p, gradient in own.items()}
+    return _dense({p: p.grad for p in parameters})
+
+
+def _dense(gradients: Mapping[nn.Parameter, Tensor | None]) -> dict[nn.Parameter, Tensor]:
+    """The gradients that are there, none of them sparse."""
+    there = {p: gradient for p, gradient in gradients.items() if gradient is not None}
+    return {p: gradient.to_dense() if gradient.is_sparse else gradient for p, gradient in there.items()}
 
 
 def _not_in_columns(network: Network, passes: Sequence[Pass]) -> list[nn.Parameter]:
     """Parameters whose own gradient a step needs; the generic rule may fail, so its layers count."""
     unread = {layer.module for layer in network.layers if layer.rule.name == "generic"}
-    unread |= {run.layer for p in passes for run in p.runs if run.misfit}
+    unread |= {run.layer for p in passes for run in p.runs if run.misfit or run.stray}
     inside = chain.from_iterable(layer.blocks for layer in network.layers if layer.module in unread)
-    blocks = chain((loose.block for loose in network.loose), inside)
+    tied = (x.block for x in network.tied if not unread.isdisjoint(owner.module for owner in x.owners))
+    blocks = chain((loose.block for loose in network.loose), tied, inside)
     return [p for block in blocks for p in block.parameters]
 
 
@@ -128,8 +134,7 @@ def _differentiated(
     values = torch.autograd.grad(loss, wanted, retain_graph=retain_graph, allow_unused=True)
     for (cotangents, i, _), value in zip(edges, values, strict=False):
         cotangents[i] = value
-    gradients = zip(parameters, values[len(edges) :], strict=True)
-    return {p: gradient for p, gradient in gradients if gradient is not None}
+    return _dense(dict(zip(parameters, values[len(edges) :], strict=True)))
 
 
 def _check_loss(loss: Any) -> None:

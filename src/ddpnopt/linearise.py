@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,15 +10,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .columns import Columns, ScaledColumns, over_batches, over_uses
+from .conditions import redrawn
 from .errors import StepError
 from .layers import Call
 from .network import Layer
-from .passes import Pass, Visit
+from .passes import Pass, Run, Visit
+from .state import joined_state
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
-
-CACHED = 1 << 18
-"""Numbers of a deviation formed at once."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,20 @@ class Linearised:
     recorded: Pass
     scale: Tensor | None
 
-    def unscaled(self, cotangent: Tensor) -> Tensor:
-        """Columns ``[R, B, ...]``, at least in float32, but for ``scale``."""
+    def unscaled(self, cotangent: Tensor, dim: int = 0) -> Tensor:
+        """Columns ``[R, B, ...]``, at least in float32, but for ``scale``; ``dim`` as in :meth:`columns`."""
         cotangent = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
-        return cotangent if self.scale is None else cotangent[None]
+        return cotangent.movedim(1 + dim, 1) if self.scale is None else cotangent.movedim(dim, 0)[None]
 
-    def columns(self, cotangent: Tensor) -> Tensor:
-        """Columns ``[R, B, ...]``, at least in float32."""
-        columns = self.unscaled(cotangent)
+    def columns(self, cotangent: Tensor, dim: int = 0) -> Tensor:
+        """Columns ``[R, B, ...]``, at least in float32; ``dim``: which dimension of one column is the batch."""
+        columns = self.unscaled(cotangent, dim)
         if self.scale is None:
             return columns
         return columns * self.scale.to(columns).view(-1, *[1] * (cotangent.ndim - 1))
 
     def deviation(self, stage: nn.Module, inputs: Sequence[Tensor], name: str) -> Tensor | None:
-        """``r = P' dx [R, B]`` at a stage whose state has become ``inputs``; ``None`` if nothing before it moves."""
+        """``r = P' dx [R, B]`` of a stage's own inputs, now ``inputs``; ``None`` if nothing before it moves."""
         visit = self.recorded.visits[stage]
         shapes, now = [tuple(x.shape) for x in visit.inputs], [tuple(x.shape) for x in inputs]
         if shapes != now:
@@ -54,12 +54,17 @@ class Linearised:
                 f"one that step() runs: the batch was changed between forward and step"
             )
         total = None
-        for x, new, cotangent in zip(visit.inputs, inputs, visit.cotangents, strict=True):
+        for x, new, cotangent, dim in zip(visit.inputs, inputs, visit.cotangents, visit.dims, strict=True):
             if cotangent is None:
                 continue
-            product = inner_products(self.unscaled(cotangent), new, x)
+            product = self.projected(cotangent, new - x, dim)
             total = product if total is None else total + product
-        return total if total is None or self.scale is None else total * self.scale.to(total)
+        return total
+
+    def projected(self, cotangent: Tensor, dx: Tensor, dim: int = 0) -> Tensor:
+        """``P' dx [R, B]`` of one tensor; ``dx`` leads with the batch, ``dim`` as in :meth:`columns`."""
+        r = _inner_products(self.unscaled(cotangent, dim), dx)
+        return r if self.scale is None else r * self.scale.to(r)
 
 
 @dataclass(frozen=True)
@@ -207,20 +212,21 @@ def _pulled(
         leaf = _leaf(recorded)
         again = recorded if loss is not None and recorded.edges and not recorded.reached else recorder.again(recorded)
         again.criterion, given = recorded.criterion, at_output.output
-        columns = [
-            torch.autograd.grad(
-                again.outputs[leaf],
-                [edge for _, _, edge in again.edges],
-                again.leaves[leaf].laid_out(column, given),
-                retain_graph=True,
-                allow_unused=True,
-            )
-            for column in factor
-        ]
-    for i, (cotangents, place, _) in enumerate(again.edges):
-        pulled = [column[i] for column in columns]
-        present = [p for p in pulled if p is not None]
-        cotangents[place] = torch.stack(present) if len(present) == len(pulled) else None
+        columns = []
+        for column in factor:
+            at = again.leaves[leaf].laid_out(column, given)
+            edges = [edge for _, _, edge in again.edges]
+            for slots in again.slots():
+                slots[:] = [None] * len(slots)
+            with recorder.muted(collecting=True):
+                values = torch.autograd.grad(again.outputs[leaf], edges, at, retain_graph=True, allow_unused=True)
+            for (cotangents, i, _), value in zip(again.edges, values, strict=True):
+                cotangents[i] = value
+            columns.append([list(slots) for slots in again.slots()])
+    for slots, *by_column in zip(again.slots(), *columns, strict=True):
+        for i, pulled in enumerate(zip(*by_column, strict=True)):
+            present = [p for p in pulled if p is not None]
+            slots[i] = torch.stack(present) if len(present) == len(pulled) else None
     return again, len(factor), factor.device
 
 
@@ -244,7 +250,12 @@ def joined(parts: Sequence[Linearised]) -> Linearised | None:
         return None
     args, kwargs = pytree.tree_unflatten(stacked, trees[0][1])
     whole = replace(passes[0], args=args, kwargs=kwargs, batch=sum(p.batch for p in passes))
-    whole.visits = {i: _joined_visit([p.visits[i] for p in passes], parts[0].scale is None) for i in passes[0].visits}
+    columns = parts[0].scale is None
+    whole.visits = {i: _joined_visit([p.visits[i] for p in passes], columns) for i in passes[0].visits}
+    states = [p.state for p in passes if p.state is not None]
+    whole.state = joined_state(states, columns) if len(states) == len(passes) else None
+    if states and whole.state is None:
+        return None
     return Linearised(
         whole, None if parts[0].scale is None else torch.cat([p.scale for p in parts if p.scale is not None])
     )
@@ -253,43 +264,42 @@ def joined(parts: Sequence[Linearised]) -> Linearised | None:
 def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
     inputs = [torch.cat(xs) for xs in zip(*(v.inputs for v in visits), strict=True)]
     cotangents = [
-        None if any(c is None for c in cs) else torch.cat([c for c in cs if c is not None], int(columns))
-        for cs in zip(*(v.cotangents for v in visits), strict=True)
+        None if any(c is None for c in cs) else torch.cat([c for c in cs if c is not None], dim + int(columns))
+        for dim, *cs in zip(visits[0].dims, *(v.cotangents for v in visits), strict=True)
     ]
-    return Visit(inputs, cotangents)
+    return Visit(inputs, cotangents, visits[0].dims)
 
 
-def inner_products(columns: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``<P_rb, new_b - old_b>``, ``[R, B]``, for columns ``[R, B, ...]``; a few samples at a time stay in cache."""
-    rows = max(1, CACHED * len(new) // max(1, new.numel()))
-    parts = []
-    for c, a, b in zip(columns.split(rows, 1), new.split(rows), old.split(rows), strict=True):
-        dx = (a - b).to(c.dtype).flatten(1)
-        parts.append(torch.linalg.vecdot(c.flatten(2), dx) if c.ndim > 2 else c * dx[:, 0])
-    return torch.cat(parts, 1)
+def _inner_products(columns: Tensor, dx: Tensor) -> Tensor:
+    """``<P_rb, dx_b>``, ``[R, B]``, for columns ``[R, B, ...]``."""
+    dx = dx.to(columns.dtype)
+    return torch.linalg.vecdot(columns.flatten(2), dx.flatten(1)) if columns.ndim > 2 else columns * dx
 
 
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:
     """Columns of each of a layer's blocks over all passes.
 
     ``None`` if no gradient reached the layer, or its outputs do not lead with the batch; a pass that did not use it
-    has columns of zero. The runs let go of their cotangents.
+    has columns of zero.
     """
+    runs = [[run for run in one.recorded.runs if run.layer is layer.module] for one in linearised]
+    if any(run.misfit or run.stray for part in runs for run in part):
+        return None
+    return columns_of_runs(layer, linearised, runs)
+
+
+def columns_of_runs(
+    layer: Layer, linearised: Sequence[Linearised], runs: Sequence[Sequence[Run]]
+) -> list[Columns] | None:
+    """The same over some runs of each pass; ``None`` if no gradient reached any."""
     parts: list[list[Columns] | None] = []
-    for one in linearised:
-        runs = [run for run in one.recorded.runs if run.layer is layer.module]
-        if any(run.misfit for run in runs):
-            return None
+    for one, own in zip(linearised, runs, strict=True):
         calls = [
-            Call(run.args, run.kwargs, [None if c is None else one.unscaled(c) for c in run.cotangents])
-            for run in runs
+            (run, [None if c is None else one.unscaled(c, d) for c, d in zip(run.cotangents, run.dims, strict=True)])
+            for run in own
             if any(c is not None for c in run.cotangents)
         ]
-        for run in runs:
-            run.cotangents[:] = [None] * len(run.cotangents)  # large, and nobody asks for them again
-        uses = []
-        while calls:
-            uses.append(layer.rule.columns(layer.module, layer.blocks, calls.pop(0)))
+        uses = [_columns_of_run(layer, run, cotangents) for run, cotangents in calls]
         found = [over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None
         if found and one.scale is not None:  # gradients are linear in the cotangents, sample by sample
             found = [ScaledColumns(columns, one.scale) for columns in found]
@@ -300,3 +310,11 @@ def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] 
     batches = [one.recorded.batch for one in linearised]
     filled = [p or [block.absent(batch) for block in some] for p, batch in zip(parts, batches, strict=True)]
     return [over_batches([part[i] for part in filled]) for i in range(len(layer.blocks))]
+
+
+def _columns_of_run(layer: Layer, run: Run, cotangents: Sequence[Tensor | None]) -> list[Columns]:
+    with nullcontext() if run.rng is None else redrawn(layer.module, run.rng):
+        args, kwargs = run.args, run.kwargs
+        if run.dims[0] and layer.rule.positionwise(layer.module):
+            args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.movedim(run.dims[0], 0), (args, kwargs))
+        return layer.rule.columns(layer.module, layer.blocks, Call(args, kwargs, cotangents))

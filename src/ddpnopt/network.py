@@ -1,9 +1,9 @@
 """What the optimizer knows of the model: its layers and their blocks, its stages, and what fits in neither.
 
 A *layer* is a module with parameters of its own; curvature lives there. A *stage* is a point in the forward
-pass where the state's deviation is measured and where the weights of its layers move; in a chain every layer is
-its own stage. Parameters that belong to no layer, or to several, are *loose*: the whole batch's gradient is
-their only column.
+pass where the state is cut, its deviation is measured and the weights of its layers move; by default every layer is
+its own stage. A parameter of several layers is *tied*: one block, which moves with the first of them to run. Parameters
+that no layer's rule can read are *loose*: the whole batch's gradient is their only column.
 """
 
 from collections import Counter
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .layers import Block, LayerRule, rule_for
 
-SHARED = "shared by several modules: one update from the whole batch's gradient"
+TIED = "shared by several modules: the columns of all uses add up"
+SHARED = "shared by several modules, not all of which are read: one update from the whole batch's gradient"
 BARE = "not a module's: one update from the whole batch's gradient"
 
 
@@ -30,11 +31,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A module at whose input the state's deviation is measured, and the indices of the layers it moves."""
+    """A module before whose first run the state is cut, and the indices of the layers that move there."""
 
     name: str
     module: nn.Module
     layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tied:
+    """A parameter of several layers: its block, and each owner as a layer with nothing but that parameter."""
+
+    name: str
+    block: Block
+    owners: tuple[Layer, ...]
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,14 @@ class Loose:
 
 @dataclass(frozen=True)
 class Network:
-    """Layers, stages and loose parameters; every trained parameter is in exactly one block."""
+    """Layers, stages, tied and loose parameters; every trained parameter is in exactly one block.
+
+    A layer has no block of its own if all its parameters are tied.
+    """
 
     layers: tuple[Layer, ...]
     stages: tuple[Stage, ...]
+    tied: tuple[Tied, ...]
     loose: tuple[Loose, ...]
 
 
@@ -72,23 +86,61 @@ def read_network(
     Raises:
         ValueError: if ``stages`` names a module that does not exist, or one inside another.
     """
-    owners = Counter(p for module in model.modules() for p in module._parameters.values()) if model else Counter()
+    owners_of = Counter(p for module in model.modules() for p in module._parameters.values()) if model else Counter()
     layers: list[Layer] = []
     loose: list[Loose] = []
     placed: set[nn.Parameter] = set()
+    claimed: set[nn.Parameter] = set()  # by a rule, of children that it answers for
+    shared: dict[nn.Parameter, dict[nn.Module, tuple[str, str]]] = {}
     for name, module in model.named_modules() if model else ():
-        own = {n: p for n, p in module._parameters.items() if p is not None and p in group_of}
+        rule = rule_for(module)
+        own = {n: p for n, p in rule.parameters(module).items() if p in group_of and p not in claimed}
+        claimed.update(set(own.values()).difference(module._parameters.values()))
         placed.update(own.values())
-        for parameter_name in [n for n, p in own.items() if owners[p] > 1]:
-            parameter = own.pop(parameter_name)
-            if parameter not in {item.block.parameters[0] for item in loose}:
-                loose.append(_loose(_join(name, parameter_name), parameter, SHARED))
-        if name in refused:
-            loose += [_loose(_join(name, n), p, refused[name]) for n, p in own.items()]
-        elif own:
+        for parameter_name in [n for n, p in own.items() if owners_of[p] > 1]:
+            shared.setdefault(own.pop(parameter_name), {})[module] = name, parameter_name
+        if reason := refused.get(name) or rule.refuses(module):
+            loose += [_loose(_join(name, n), p, reason) for n, p in own.items()]
+        elif module._parameters:
             layers.append(_layer(name, module, own, group_of))
+    tied = []
+    for parameter, by_owner in shared.items():
+        owners = [_owner(layer, *by_owner[layer.module], parameter) for layer in layers if layer.module in by_owner]
+        full_name = _join(*next(iter(by_owner.values())))
+        if len(owners) == owners_of[parameter]:
+            tied.append(Tied(full_name, owners[0].blocks[0], tuple(owners)))
+        else:
+            loose.append(_loose(full_name, parameter, SHARED))
+    own_or_tied = {layer.module for layer in layers if layer.blocks} | {o.module for t in tied for o in t.owners}
+    layers = [layer for layer in layers if layer.module in own_or_tied]
     loose += [_loose(f"parameter {i}", p, BARE) for i, p in enumerate(group_of) if p not in placed]
-    return Network(tuple(layers), _stages(model, layers, stages), tuple(loose))
+    return Network(tuple(layers), _stages(model, layers, stages), tuple(tied), tuple(loose))
+
+
+def _owner(layer: Layer, name: str, parameter_name: str, parameter: nn.Parameter) -> Layer:
+    return Layer(name, layer.module, layer.rule, (Block((parameter_name,), (parameter,)),))
+
+
+def is_chain(model: nn.Module) -> bool:
+    """Whether a model is nested ``nn.Sequential`` of modules that hold no layers inside and share nothing, each once.
+
+    A layer's input is then the whole state.
+    """
+    modules = flattened(model)
+    own = [p for module in modules for p in module._parameters.values() if p is not None]
+    return len(set(modules)) == len(modules) and len(own) == len(set(own)) == len(list(model.parameters()))
+
+
+def is_sequential(module: object) -> bool:
+    """Whether a module runs its children one after another and does nothing else."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def flattened(module: nn.Module) -> list[nn.Module]:
+    """The modules that nested ``nn.Sequential`` run one after another."""
+    if not is_sequential(module) or module._parameters:
+        return [module]
+    return [inner for child in module._modules.values() if child is not None for inner in flattened(child)]
 
 
 def _join(module: str, parameter: str) -> str:
@@ -104,7 +156,7 @@ def _layer(
 ) -> Layer:
     rule = rule_for(module)
     blocks = []
-    for names in rule.blocks(module, list(own)):
+    for names in rule.blocks(module, list(own)) if own else ():
         groups = {group_of[own[n]] for n in names}
         for together in [names] if len(groups) == 1 else [(n,) for n in names]:
             blocks.append(Block(together, tuple(own[n] for n in together)))

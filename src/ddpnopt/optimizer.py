@@ -12,7 +12,7 @@ from .curvature import Curvature, Kronecker
 from .dense import Dense
 from .errors import StepError
 from .evaluation import check_evaluated, evaluate
-from .network import Network, read_network
+from .network import Network, is_chain, read_network
 from .options import check_chain, check_numbers, check_options
 from .report import Report, describe
 from .steps import Coupling, Outcome, Task, closed_loop, open_loop
@@ -44,8 +44,9 @@ class DDPNOpt(torch.optim.Optimizer):
             SGD, RMSprop or EKFAC, by the curvature.
         momentum: weight of the last update, as a drift the policy takes into account; default 0.
         weight_decay: ``gamma`` of the stage cost ``gamma / 2 |u|^2`` per layer; default 0.
-        stages: modules, or their names, at whose input the whole state passes (residual blocks, say): the layers
-            inside one move together. Default: every layer is a stage, right for chains.
+        stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
+            layers inside one move together. Default: every layer is a stage, and its state, all that lives at its
+            cut, is found in autograd's graph.
 
     Raises:
         ValueError: if a number is out of range, ``coupling`` is unknown or ``Dense`` on a model that is no chain, or
@@ -221,7 +222,10 @@ class DDPNOpt(torch.optim.Optimizer):
             stages = dict.fromkeys(chain(layers, (stage.module for stage in self._network.stages)))
             # the dense form starts from the gradient at the model's output
             outputs = [self.model] if isinstance(self.coupling, Dense) else []
-            self._recorder = Recorder(self.model, [*layers, *outputs], stages, self.terminal.criterion)
+            whole = self.stages is None and self.feedback and not outputs and not is_chain(self.model)
+            self._recorder = Recorder(
+                self.model, [*layers, *outputs], stages, self.terminal.criterion, whole_state=whole
+            )
             weakref.finalize(self, self._recorder.close)
 
     def _refresh_network(self) -> None:

@@ -4,7 +4,8 @@ Records only: :mod:`ddpnopt.trajectory` fills them. A pass holds nothing of the 
 """
 
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,22 +20,88 @@ from .conditions import Conditions
 class Run:
     """One run of a layer: detached inputs, and gradients at its floating-point outputs (``None`` until they come).
 
-    ``misfit``: its outputs do not lead with the batch, so that no column belongs to one sample.
+    ``dims``: of each output, the dimension that is the batch. ``misfit``: there is no such dimension, or the rule
+    cannot read this call, so that no column belongs to one sample. ``rng``: states of the generators before the run,
+    where the rule needs them. ``stray``: a parameter of the layer was also used outside its runs, so that columns read
+    off these are not all.
     """
 
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     cotangents: list[Tensor | None]
+    dims: list[int]
     misfit: bool
+    rng: list[Tensor] | None = None
+    stray: bool = False
 
 
 @dataclass(eq=False)
 class Visit:
-    """A stage's state at its first run: floating-point inputs (detached), and the gradients at them."""
+    """A stage's state at its first run: floating-point inputs, and the gradients at them.
+
+    The inputs are detached and lead with the batch; where it is in the gradients, ``dims`` says.
+    """
 
     inputs: list[Tensor]
     cotangents: list[Tensor | None]
+    dims: list[int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a forward pass a tensor is seen.
+
+    Args:
+        module: the module that receives or (``leaving``) returns it.
+        call: which entry or exit of the module in this pass, from 0.
+        index: which of the floating-point tensors there.
+    """
+
+    module: nn.Module
+    leaving: bool
+    call: int
+    index: int
+
+
+@dataclass(eq=False)
+class Live:
+    """One tensor of the state, for the stages at whose cuts the same part of its gradient counts.
+
+    Args:
+        place: where it can be measured.
+        value: nominal, detached; ``version`` counts the writes into it until then.
+        dim: which of its dimensions is the batch.
+        terms: the gradient ``p`` as slots of :attr:`State.cotangents` with their signs, the tensor's own in front.
+        stages: the stages.
+    """
+
+    place: Place
+    value: Tensor
+    version: int
+    dim: int
+    terms: tuple[tuple[int, int], ...]
+    stages: tuple[nn.Module, ...]
+
+
+@dataclass(eq=False)
+class State:
+    """The states at the cuts of one pass: what lives there, and where the gradients will arrive.
+
+    Args:
+        live: tensors, by the module boundary at which they are measured.
+        cotangents: slots, ``None`` until a gradient arrives; see :func:`signed_sum`.
+        later: for each stage, the runs that follow its cut of layers that ran before it, by their place among the
+            pass's runs, with the parameters to which this applies (``None``: all).
+        behind: for each stage, parameters that its state depends on other than through the tensors in it.
+        lost: stages whose state cannot be told, with the reason; their own input stands for it.
+    """
+
+    live: dict[tuple[nn.Module, bool, int], list[Live]] = field(default_factory=dict)
+    cotangents: list[Tensor | None] = field(default_factory=list)
+    later: dict[nn.Module, dict[int, frozenset[Any] | None]] = field(default_factory=dict)
+    behind: dict[nn.Module, set[Any]] = field(default_factory=dict)
+    lost: dict[nn.Module, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +156,7 @@ class Pass:
         batch: length of the first tensor among them.
         conditions: what else the pass depended on.
         runs, visits: of layers, and of stages in the order they ran.
+        state: what lives at the cuts, where this was asked for.
         leaves: the floating-point tensors of the output.
         cotangents: gradients at these.
         criterion: what the criterion was last called with on one of them, and which one.
@@ -101,6 +169,7 @@ class Pass:
     conditions: Conditions
     runs: list[Run] = field(default_factory=list)
     visits: dict[nn.Module, Visit] = field(default_factory=dict)
+    state: State | None = None
     versions: list[int] = field(default_factory=list)
     leaves: list[Leaf] = field(default_factory=list)
     cotangents: list[Tensor | None] = field(default_factory=list)
@@ -109,6 +178,12 @@ class Pass:
     edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
     reached: bool = False
 
+    def slots(self) -> list[list[Tensor | None]]:
+        """Every list that gradients arrive in."""
+        holders: list[State | Run | Visit] = [*self.runs, *self.visits.values()]
+        holders += [self.state] if self.state is not None else []
+        return [self.cotangents, *(holder.cotangents for holder in holders)]
+
 
 def versions(tree: Any) -> list[int]:
     """How often each tensor in a nested structure has been written into; -1 where torch does not count."""
@@ -116,9 +191,32 @@ def versions(tree: Any) -> list[int]:
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
+def signed_sum(cotangents: Sequence[Tensor | None], terms: Sequence[tuple[int, int]]) -> Tensor | None:
+    """A sum of slots with signs; ``None`` if no gradient came to the first, the tensor's own."""
+    (own, _), *rest = terms
+    total = cotangents[own]
+    if total is None:
+        return None
+    for slot, sign in rest:
+        part = cotangents[slot]
+        if part is not None:
+            total = torch.add(total, part, alpha=sign)
+    return total
+
+
 def floating(tree: Any) -> list[Tensor]:
-    """The floating-point tensors in nested tuples, lists and dictionaries."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    """The floating-point tensors in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(tree, Tensor):
+        return [tree] if tree.is_floating_point() else []
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found += [leaf] if leaf.is_floating_point() else []
+        elif isinstance(leaf, Mapping):
+            found += floating(dict(leaf))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += floating([getattr(leaf, f.name) for f in fields(leaf)])
+    return found
 
 
 def detached(tree: Any) -> Any:

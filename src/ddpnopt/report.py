@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .curvature import Curvature
-from .network import Network
+from .network import TIED, Network
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ def describe(network: Network, curvature: Curvature, coupling: str) -> Report:
             layer.rule.why,
         )
         for layer in network.layers
+        if layer.blocks
     ]
+    for tied in network.tied:
+        rules = " + ".join(owner.rule.name for owner in tied.owners)
+        rows.append(Row(tied.name, "parameter", tied.block.parameters[0].numel(), rules, TIED))
     rows += [Row(x.name, "parameter", sum(p.numel() for p in x.block.parameters), "base", x.why) for x in network.loose]
     return Report(repr(curvature), coupling, tuple(rows))

@@ -8,21 +8,22 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .bellman import BlockPolicy, BlockTerms, StagePolicy, backward_pass, size
-from .columns import Columns, DenseColumns
+from .columns import Columns, DenseColumns, over_uses
 from .curvature import Curvature
 from .curvature.base import State
 from .dense import Dense, sweep
 from .layers import Block
 from .linearise import Linearised, TerminalValue, columns_of, joined, linearise
-from .network import Layer, Network, Stage, matrix_of
+from .network import Layer, Network, Stage, Tied, matrix_of
 from .passes import Pass, floating
-from .rollout import forward_pass
+from .rollout import Later, forward_pass, later_columns, restore_overwritten
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .value import BatchPolicy, BatchValue, SampleValue
@@ -89,7 +90,8 @@ class Task:
 
     def blocks(self) -> list[Block]:
         """Of layers and loose parameters, all."""
-        return [b for layer in self.network.layers for b in layer.blocks] + [x.block for x in self.network.loose]
+        inside = [b for layer in self.network.layers for b in layer.blocks]
+        return inside + [x.block for x in self.network.tied] + [x.block for x in self.network.loose]
 
 
 @dataclass
@@ -119,6 +121,8 @@ def open_loop(task: Task) -> Outcome:
         linearised, _ = task.linearised(Gradient(task.terminal.reduction))
         for layer in task.network.layers:
             columns |= {block.parameters[0]: c for block, c in _read(task, layer, linearised, outcome)}
+        for tied in task.network.tied:
+            columns |= {block.parameters[0]: c for block, c in _read_tied(task, tied, linearised, outcome)}
     for block in task.blocks():
         gradient = task.gradient(block)
         if gradient is None:
@@ -153,6 +157,8 @@ def closed_loop(task: Task) -> Outcome:
     blocks: dict[Stage, list[tuple[Block, Columns]]] = {}
     if task.passes and task.recorder is not None:
         linearised, end = task.linearised(task.terminal)
+        for one in linearised:
+            restore_overwritten(one.recorded, task.recorder)
         if isinstance(task.coupling, Dense):
             with task.recorder.paused():
                 one, blocks, policies = sweep(
@@ -166,6 +172,8 @@ def closed_loop(task: Task) -> Outcome:
             terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
             swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.feedback)
             policies = dict(zip(blocks, swept, strict=True))
+    whole = joined(linearised) if task.feedback and len(policies) > 1 else None
+    later = _later(task, linearised, blocks) if whole is not None else {}
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
     _name_the_silent(task, read, outcome)
     for block in task.blocks():
@@ -180,9 +188,11 @@ def closed_loop(task: Task) -> Outcome:
         own = policy.policy
         outcome.figures[stage.name] = partial(_figures, policy.gram, own.k_weights, weights, own.predicted)
 
-    whole = joined(linearised) if task.feedback and len(policies) > 1 else None
     if task.recorder is not None:
-        output = forward_pass(task.recorder, whole, policies, apply)
+        for run in chain.from_iterable(one.recorded.runs for one in linearised):
+            run.cotangents[:] = [None] * len(run.cotangents)  # large, and read for the last time
+        moving = {stage: [block for block, _ in blocks[stage]] for stage in policies}
+        output = forward_pass(task.recorder, whole, moving, policies, apply, later)
         outcome.actual_decrease = _actual_decrease(task, whole, output)
     failed = [p.policy.failures for p in policies.values() if isinstance(p.policy, BatchPolicy)]
     outcome.failures = sum(failed)
@@ -199,13 +209,20 @@ def _blocks_by_stage(
 ) -> dict[Stage, list[tuple[Block, Columns]]]:
     """Blocks with their columns, by stage, in the order the stages ran."""
     stage_of = {stage.module: stage for stage in task.network.stages}
-    visited = dict.fromkeys(module for one in linearised for module in one.recorded.visits)
+    visited = list(dict.fromkeys(module for one in linearised for module in one.recorded.visits))
     ran = [stage_of[module] for module in visited if module in stage_of]
+    tied_at: dict[nn.Module, list[Tied]] = {}  # a tied parameter moves with the first of its owners
+    for tied in task.network.tied:
+        owners = {owner.module for owner in tied.owners}
+        for first in [module for module in visited if module in owners][:1]:
+            tied_at.setdefault(first, []).append(tied)
     found = {}
     for stage in ran:
         pairs = []
-        for index in stage.layers:
-            pairs += _read(task, task.network.layers[index], linearised, outcome)
+        for layer in (task.network.layers[index] for index in stage.layers):
+            pairs += _read(task, layer, linearised, outcome)
+            for tied in tied_at.get(layer.module, ()):
+                pairs += _read_tied(task, tied, linearised, outcome)
         if pairs:
             found[stage] = pairs
     return found
@@ -229,13 +246,51 @@ def _read(task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: O
     return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
 
 
+def _read_tied(
+    task: Task, tied: Tied, linearised: Sequence[Linearised], outcome: Outcome
+) -> list[tuple[Block, Columns]]:
+    """The same of a parameter of several layers: all their columns, or none."""
+    modules = {owner.module for owner in tied.owners}
+    runs = [run for one in linearised for run in one.recorded.runs if run.layer in modules]
+    if any(run.misfit or run.stray for run in runs):
+        return []
+    uses = [columns for owner in tied.owners for _, columns in _read(task, owner, linearised, outcome)]
+    if not uses or any(owner.name in outcome.refused for owner in tied.owners):
+        return []
+    return [(tied.block, over_uses(uses))]
+
+
+def _later(
+    task: Task, linearised: Sequence[Linearised], blocks: Mapping[Stage, Sequence[tuple[Block, Columns]]]
+) -> dict[Stage, Later]:
+    """What is still to run of layers after they have moved; read at the nominal weights, before any moves."""
+    assert task.recorder is not None
+    found: dict[Stage, Later] = {}
+    with task.recorder.paused():
+        for stage, pairs in blocks.items():
+            if linearised[0].recorded.state is None:
+                continue
+            moving = {block for block, _ in pairs}
+            layers = [task.network.layers[index] for index in stage.layers]
+            owners = [owner for tied in task.network.tied if tied.block in moving for owner in tied.owners]
+            moving |= {block for owner in owners for block in owner.blocks}
+            of_stage: dict[nn.Module, list[tuple[Block, Columns]]] = {}
+            for layer in (*layers, *owners):
+                for later, own in later_columns(layer, linearised, moving).items():
+                    of_stage.setdefault(later, []).extend(own)
+            found[stage] = of_stage
+    return found
+
+
 def _name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> None:
     """Warn, once, of layers that have a gradient but no columns: they were used other than by a call on the batch."""
     for layer in task.network.layers:
         parameters = [p for block in layer.blocks for p in block.parameters if p in task.gradients]
         if layer.name in outcome.refused or not parameters or not read.isdisjoint(parameters):
             continue
-        reason = "it was not seen to run on the batch: one update from the whole batch's gradient"
+        stray = any(run.layer is layer.module and run.stray for one in task.passes for run in one.runs)
+        seen = "a parameter of it is used outside its own runs" if stray else "it was not seen to run on the batch"
+        reason = f"{seen}: one update from the whole batch's gradient"
         warnings.warn(f"{layer.name}, {type(layer.module).__name__}: {reason}", stacklevel=2)
         outcome.refused[layer.name] = reason
 

@@ -1,8 +1,8 @@
 """The nominal trajectory: what every forward pass fed to each layer, and what the backward pass brought back.
 
-The only code that registers hooks. A pass lives as long as the graph of its forward pass, or until the step
-that used it: the graph's tensor hooks hold it, and it holds nothing of the graph, so neither a forward pass that
-nobody differentiates nor a model that outlives its optimizer leaks.
+Together with :mod:`ddpnopt.hooks` the only code that registers hooks. A pass lives as long as the graph of its forward
+pass, or until the step that used it: the graph's hooks hold it, and it holds nothing of the graph, so neither a forward
+pass that nobody differentiates nor a model that outlives its optimizer leaks.
 """
 
 import contextlib
@@ -16,31 +16,27 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from .conditions import Conditions
+from .conditions import Conditions, rng_states
 from .errors import StepError
-from .passes import Leaf, Pass, Run, Visit, detached, floating, versions
+from .hooks import ModuleHook, TensorTap
+from .layers import Layout, is_batch, rule_for
+from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, versions
+from .state import Boundaries, Boundary, Tracer
 
 BeforeStage = Callable[[nn.Module, list[Tensor]], None]
-
-
-class _Hook:
-    """A module hook that does not keep its recorder alive, and that a copied or pickled model carries along inert."""
-
-    def __init__(self, method: Callable[..., None], module: nn.Module):
-        self._method: weakref.WeakMethod[Callable[..., None]] | None = weakref.WeakMethod(method)
-        self._module: weakref.ref[nn.Module] | None = weakref.ref(module)
-
-    def __call__(self, module: nn.Module, *values: Any) -> None:
-        method = self._method() if self._method else None
-        if method is not None and self._module is not None and self._module() is module:
-            method(module, *values)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_method": None, "_module": None}
+AtBoundary = Callable[[Boundary, Any], None]
 
 
 class Recorder:
-    """Records passes of ``model`` under grad mode, and runs the model again on a recorded pass."""
+    """Records passes of ``model`` under grad mode, and runs the model again on a recorded pass.
+
+    Args:
+        model: the model.
+        layers: modules whose runs are recorded.
+        stages: modules at whose first run the state is cut.
+        criterion: of the loss, if the terminal has one.
+        whole_state: whether to find all that lives at a cut; else a stage's input is its state, right for chains.
+    """
 
     def __init__(
         self,
@@ -48,6 +44,8 @@ class Recorder:
         layers: Iterable[nn.Module],
         stages: Iterable[nn.Module],
         criterion: nn.Module | None,
+        *,
+        whole_state: bool = False,
     ):
         self.model = model
         self.live: list[Pass] = []
@@ -56,10 +54,19 @@ class Recorder:
         self._current: Pass | None = None
         self._keeping = False
         self._muted = False
+        self._collecting = False
         self._paused = False
         self._before_stage: BeforeStage | None = None
+        self._at_boundary: AtBoundary | None = None
+        self._whole_state = whole_state
+        self._tracer: Tracer | None = None
+        self._boundaries = Boundaries()
+        self.overwritten: set[Place] = set()  # places whose tensors are written into later: copies are kept
+        self.untraced: set[str] = set()
         self._unreached: int | None = None
         self._batch = 0
+        self._layout = Layout(model)
+        self._drawn: dict[nn.Module, list[Tensor]] = {}
         self._handles = self._attach(layers, stages, criterion)
         self._release = weakref.finalize(self, _remove, self._handles)
 
@@ -82,9 +89,8 @@ class Recorder:
         """Drop what passes have recorded of backward passes, and every graph that was kept."""
         for recorded in self.live:
             recorded.reached = False  # its graph may be gone through again
-            held: list[Pass | Run | Visit] = [recorded, *recorded.runs, *recorded.visits.values()]
-            for holder in held:
-                holder.cotangents[:] = [None] * len(holder.cotangents)
+            for slots in recorded.slots():
+                slots[:] = [None] * len(slots)
         for kept in self._kept:
             kept.edges.clear()
             kept.outputs.clear()
@@ -106,13 +112,17 @@ class Recorder:
             self._keeping, self._begun = before
 
     @contextlib.contextmanager
-    def muted(self) -> Iterator[None]:
-        """Ignore what backward passes bring: the caller reads the graph itself."""
-        self._muted = True
+    def muted(self, *, collecting: bool = False) -> Iterator[None]:
+        """Ignore what backward passes bring: the caller reads the graph itself.
+
+        ``collecting``: but for what autograd does not give to the caller, gradients of single uses of a tensor.
+        """
+        before = self._muted, self._collecting
+        self._muted, self._collecting = True, collecting
         try:
             yield
         finally:
-            self._muted = False
+            self._muted, self._collecting = before
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -123,17 +133,19 @@ class Recorder:
         finally:
             self._paused = False
 
-    def replay(self, recorded: Pass, before_stage: BeforeStage) -> Any:
+    def replay(self, recorded: Pass, before_stage: BeforeStage, at_boundary: AtBoundary | None = None) -> Any:
         """Run the model again on a pass's inputs, same dropout masks, buffers restored; returns its output.
 
-        ``before_stage(module, inputs)`` is called before each stage's first run.
+        ``before_stage(module, inputs)`` is called before each stage's runs, ``at_boundary(boundary, values)`` at every
+        module's entry and exit, where the recorder looks at the whole state.
         """
         with self._as_recorded(recorded), torch.no_grad():
-            self._before_stage = before_stage
+            self._before_stage, self._at_boundary = before_stage, at_boundary
+            self._boundaries = Boundaries()
             try:
                 return self.model(*recorded.args, **recorded.kwargs)
             finally:
-                self._before_stage = None
+                self._before_stage = self._at_boundary = None
 
     def again(self, recorded: Pass) -> Pass:
         """Record the same pass again with its graph: for columns that the first backward pass did not carry."""
@@ -161,15 +173,18 @@ class Recorder:
         self, layers: Iterable[nn.Module], stages: Iterable[nn.Module], criterion: nn.Module | None
     ) -> list[RemovableHandle]:
         def before(module: nn.Module, method: Callable[..., None]) -> RemovableHandle:
-            return module.register_forward_pre_hook(_Hook(method, module), with_kwargs=True)
+            return module.register_forward_pre_hook(ModuleHook(method, module), with_kwargs=True)
 
         def after(module: nn.Module, method: Callable[..., None], *, always: bool) -> RemovableHandle:
-            return module.register_forward_hook(_Hook(method, module), with_kwargs=True, always_call=always)
+            return module.register_forward_hook(ModuleHook(method, module), with_kwargs=True, always_call=always)
 
         # the model's own hooks enclose its layers', also where the model is a layer itself
         handles = [before(self.model, self._begin)]
+        inner = [m for m in self.model.modules() if m is not self.model] if self._whole_state else []
+        handles += [before(module, self._enter) for module in inner]
         handles += [before(stage, self._visit) for stage in stages]
         handles += [after(layer, self._ran, always=False) for layer in layers]
+        handles += [after(module, self._leave, always=False) for module in inner]
         handles.append(after(self.model, self._end, always=True))
         if criterion is not None:
             handles.append(before(criterion, self._criterion))
@@ -186,6 +201,7 @@ class Recorder:
         self._current = Pass(detached(args), detached(kwargs), batch, conditions)
         self._current.versions = versions((args, kwargs))
         self._batch = batch
+        self._tracer = Tracer(self.overwritten) if self._whole_state else None
         self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(self._current)]
         if self.model.training:
             self._unreached = batch
@@ -194,52 +210,104 @@ class Recorder:
         if self._paused:
             return
         ended, self._current = self._current, None
+        tracer, self._tracer = self._tracer, None
         if ended is None:
             return
         outputs = floating(output)
         ended.leaves = [Leaf.of(leaf) for leaf in outputs]
         ended.cotangents = [None] * len(outputs)
         self._tap(ended, outputs, ended.cotangents)
+        if tracer is not None:
+            ended.state, taps = tracer.finish(outputs, ended.runs)
+            taps.install(_PassEar(self, ended), ended.state.cotangents)
+            if self._keeping:
+                ended.edges += [(ended.state.cotangents, i, edge) for i, edge in taps.edges()]
         if self._keeping:
             ended.outputs = outputs
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._pass_boundary(module, (args, kwargs), leaving=False)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._pass_boundary(module, output, leaving=True)
+
+    def _pass_boundary(self, module: nn.Module, tree: Any, *, leaving: bool) -> None:
+        if self._paused:
+            return
+        if self._at_boundary is not None:
+            self._at_boundary(self._boundaries.passed(module, leaving=leaving), tree)
+        elif self._tracer is not None:  # counted without gradients too: the second pass has none and cannot tell
+            tensors = floating(tree) if torch.is_grad_enabled() else []
+            dims = self._layout.dims(module, rule_for(module), tensors, self._batch, inputs=not leaving)
+            own = enumerate(zip(tensors, dims, strict=True))
+            fitting = [(i, x, dim) for i, (x, dim) in own if is_batch(x, dim, self._batch)]
+            self._tracer.passed(module, fitting, leaving=leaving)
 
     def _visit(self, stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused:
             return
         if self._before_stage is not None:
-            self._before_stage(stage, self._state((args, kwargs)))
-        elif self._current is not None and stage not in self._current.visits and torch.is_grad_enabled():
-            inputs = self._state((args, kwargs))
-            visit = Visit([x.detach() for x in inputs], [None] * len(inputs))
+            self._before_stage(stage, [x.movedim(dim, 0) for x, dim in self._state(stage, (args, kwargs))])
+        elif self._current is not None and torch.is_grad_enabled():
+            if rule_for(stage).draws(stage):
+                self._drawn[stage] = rng_states(stage)
+            if self._tracer is not None:
+                self._tracer.begins(stage)
+            if stage in self._current.visits:
+                return
+            state = self._state(stage, (args, kwargs))
+            inputs, dims = [x for x, _ in state], [dim for _, dim in state]
+            moved = [x.detach().movedim(dim, 0) for x, dim in state]
+            visit = Visit(moved, [None] * len(inputs), dims)
             self._current.visits[stage] = visit
             self._tap(self._current, inputs, visit.cotangents)
 
-    def _state(self, tree: Any) -> list[Tensor]:
-        """The floating-point inputs that lead with the batch: others (a bias, a mask) belong to no sample."""
-        return [x for x in floating(tree) if x.ndim and len(x) == self._batch]
+    def _state(self, stage: nn.Module, tree: Any) -> list[tuple[Tensor, int]]:
+        """The floating-point inputs with a dimension that is the batch: others (a bias, a mask) belong to no sample.
+
+        A tensor that is given twice (the query and the key of an attention) is there once, with all its gradient.
+        """
+        inputs = floating(tree)
+        dims = self._layout.dims(stage, rule_for(stage), inputs, self._batch, inputs=True)
+        fitting = [(x, dim) for x, dim in zip(inputs, dims, strict=True) if is_batch(x, dim, self._batch)]
+        return list({id(x): (x, dim) for x, dim in fitting}.values())
 
     def _ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._paused or self._current is None or self._before_stage is not None or not torch.is_grad_enabled():
             return
-        outputs = floating(output)
-        misfit = any(out.ndim < 1 or len(out) != self._current.batch for out in outputs)
-        run = Run(layer, detached(args), detached(kwargs), [None] * len(outputs), misfit)
+        outputs, rule = floating(output), rule_for(layer)
+        dims = self._layout.dims(layer, rule, outputs, self._batch, inputs=False)
+        fits = all(is_batch(out, dim, self._batch) for out, dim in zip(outputs, dims, strict=True))
+        misfit = not fits or not rule.reads(layer, args, kwargs)
+        rng = self._drawn.pop(layer, None)
+        run = Run(layer, detached(args), detached(kwargs), [None] * len(outputs), dims, misfit, rng)
         self._current.runs.append(run)
+        if self._tracer is not None:
+            self._tracer.ends(layer)
         self._tap(self._current, outputs, run.cotangents)
 
     def _tap(self, into: Pass, tensors: Sequence[Tensor], cotangents: list[Tensor | None]) -> None:
         for i, tensor in enumerate(tensors):
             if not tensor.requires_grad:
                 continue
-            tensor.register_hook(_Tap(self, into, cotangents, i))
+            tensor.register_hook(TensorTap(_PassEar(self, into), cotangents, i))
             if self._keeping:
                 into.edges.append((cotangents, i, get_gradient_edge(tensor)))
 
-    def _arrived(self, into: Pass, cotangents: list[Tensor | None], i: int, gradient: Tensor) -> None:
-        if self._muted:
+    @property
+    def listening(self) -> bool:
+        """Whether gradients that arrive count."""
+        return self._collecting or not self._muted
+
+    def arrived(self, into: Pass, slots: list[Tensor | None], i: int, gradient: Tensor) -> None:
+        """A gradient has come to slot ``i`` of a pass."""
+        if not self.listening:
             return
-        before = cotangents[i]
-        cotangents[i] = gradient.detach() if before is None else before + gradient.detach()
+        if self._collecting:
+            slots[i] = gradient.detach()
+            return
+        before = slots[i]
+        slots[i] = gradient.detach() if before is None else before + gradient.detach()
         self._unreached = None
         if not into.reached:
             into.reached = True
@@ -256,15 +324,17 @@ class Recorder:
                     return
 
 
-class _Tap:
-    """A tensor hook: hands the gradient to the recorder and changes nothing."""
+class _PassEar:
+    """Tells the recorder of one pass's gradients."""
 
-    def __init__(self, recorder: Recorder, into: Pass, cotangents: list[Tensor | None], i: int):
-        self._to = recorder, into, cotangents, i
+    def __init__(self, recorder: Recorder, into: Pass):
+        self._recorder, self._into = recorder, into
 
-    def __call__(self, gradient: Tensor) -> None:
-        recorder, into, cotangents, i = self._to
-        recorder._arrived(into, cotangents, i, gradient)
+    def listening(self) -> bool:
+        return self._recorder.listening
+
+    def arrived(self, slots: list[Tensor | None], i: int, gradient: Tensor) -> None:
+        self._recorder.arrived(self._into, slots, i, gradient)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

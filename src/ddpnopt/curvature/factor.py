@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..columns import Moment
+from ..columns import Diagonal, Moment
 from ..inverse import LowRank, Side
 from .base import State
 
@@ -23,9 +23,9 @@ SPARE = 8
 """Samples whose directions join the subspace at each averaging, beside the directions it had."""
 
 
-def averaged(state: State, name: str, moment: Moment, past: float, rank: int | None) -> State:
+def averaged(state: State, name: str, moment: Moment | Diagonal, past: float, rank: int | None) -> State:
     """The factor ``name`` as ``past`` times itself plus ``1 - past`` times the new moment."""
-    if rank is None or moment.side <= FULL * rank:
+    if rank is None or isinstance(moment, Diagonal) or moment.side <= FULL * rank:
         whole = moment.matrix()
         return {name: past * state[name] + (1 - past) * whole if name in state else whole}
     old = _low_rank(state, name) if f"{name}_basis" in state else None

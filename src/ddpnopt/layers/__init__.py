@@ -2,16 +2,35 @@
 
 from torch import nn
 
+from .attention import AttentionRule
 from .base import Block, Call, LayerRule
-from .conv import ConvRule
+from .conv import ConvRule, ConvTransposeRule
+from .embedding import EmbeddingBagRule, EmbeddingRule
 from .generic import GenericRule
+from .layout import Layout, is_batch
 from .linear import LinearRule
 from .norm import NormRule
+from .recurrent import CellRule, RecurrentRule
 
 _RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LinearRule(),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvRule()),
-    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), NormRule()),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTransposeRule()),
+    **dict.fromkeys(
+        (
+            nn.LayerNorm,
+            nn.RMSNorm,
+            nn.GroupNorm,
+            *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+            *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        ),
+        NormRule(),
+    ),
+    nn.Embedding: EmbeddingRule(),
+    nn.EmbeddingBag: EmbeddingBagRule(),
+    nn.MultiheadAttention: AttentionRule(),
+    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), RecurrentRule()),
+    **dict.fromkeys((nn.RNNCell, nn.LSTMCell, nn.GRUCell), CellRule()),
 }
 _GENERIC = GenericRule()
 
@@ -21,4 +40,4 @@ def rule_for(module: nn.Module) -> LayerRule:
     return _RULES.get(type(module), _GENERIC)
 
 
-__all__ = ["Block", "Call", "LayerRule", "rule_for"]
+__all__ = ["Block", "Call", "LayerRule", "Layout", "is_batch", "rule_for"]

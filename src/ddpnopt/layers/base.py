@@ -53,12 +53,21 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 class Call:
     """One run of a module: its inputs, and its outputs' gradients ``[R, *output.shape]``, column by column.
 
-    ``None`` stands for an output that no column depends on. Tensors lead with the batch.
+    ``None`` stands for an output that no column depends on. These gradients lead with the batch after R, also where
+    the outputs do not; the inputs are as the module got them (but see :meth:`LayerRule.positionwise`).
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     cotangents: Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class BatchDims:
+    """Which dimension is the batch, of each floating-point tensor that goes in and out; the last one repeats."""
+
+    inputs: tuple[int, ...] = (0,)
+    outputs: tuple[int, ...] = (0,)
 
 
 class LayerRule(ABC):
@@ -67,6 +76,33 @@ class LayerRule(ABC):
     name: str
     why: str
 
+    def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters the rule answers for, by name within the module; those of children that it never calls too."""
+        return {name: p for name, p in module._parameters.items() if p is not None}
+
+    def refuses(self, module: nn.Module) -> str | None:
+        """Why this module's parameters have no columns, if its settings say so."""
+        return None
+
+    def reads(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the rule can read a call on these arguments."""
+        return True
+
+    def positionwise(self, module: nn.Module) -> bool:
+        """Whether it does the same at every place of the leading dimensions, so that the second may be the batch.
+
+        :meth:`columns` then gets the inputs, too, with the batch in front.
+        """
+        return False
+
+    def batch_dims(self, module: nn.Module) -> BatchDims:
+        """Where the batch is in the module's inputs and outputs."""
+        return BatchDims()
+
+    def draws(self, module: nn.Module) -> bool:
+        """Whether :meth:`columns` draws the random numbers of the module's run again (dropout inside)."""
+        return False
+
     @abstractmethod
     def blocks(self, module: nn.Module, trained: Sequence[str]) -> list[tuple[str, ...]]:
         """The trained parameters' names, grouped: each group is one block."""
@@ -74,6 +110,11 @@ class LayerRule(ABC):
     @abstractmethod
     def columns(self, module: nn.Module, blocks: Sequence[Block], call: Call) -> list[Columns]:
         """The columns' gradients of each block."""
+
+
+def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """The module's argument ``name``, which comes at ``position`` if it is not named."""
+    return args[position] if len(args) > position else kwargs.get(name, default)
 
 
 def only_cotangent(call: Call) -> Tensor:

@@ -27,10 +27,12 @@ class GenericRule(LayerRule):
             name: p.detach() for block in blocks for name, p in zip(block.names, block.parameters, strict=True)
         }
         gradients = per_sample_gradients(module, parameters, call)
-        return [
-            DenseColumns(gradients[block.names[0]].flatten(2).unflatten(2, block.matrix(block.parameters).shape))
-            for block in blocks
-        ]
+
+        def columns_of(block: Block) -> Columns:
+            values = gradients[block.names[0]].flatten(2).unflatten(2, block.matrix(block.parameters).shape)
+            return DenseColumns(values.to(torch.promote_types(values.dtype, torch.float32)))
+
+        return [columns_of(block) for block in blocks]
 
 
 def per_sample_gradients(module: nn.Module, parameters: Parameters, call: Call) -> Parameters:
@@ -53,8 +55,9 @@ def per_sample_gradients(module: nn.Module, parameters: Parameters, call: Call) 
         own = iter(rows)
         filled = [next(own) if per_sample else leaf for leaf, per_sample in zip(leaves, batched, strict=True)]
         args, kwargs = pytree.tree_unflatten(filled, spec)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # statistics must not move again
         with torch.enable_grad():
-            out = torch.func.functional_call(module, parameters, args, kwargs)
+            out = torch.func.functional_call(module, {**buffers, **parameters}, args, kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         return [tensors[i] for i in used]
 

@@ -18,6 +18,9 @@ class LinearRule(LayerRule):
     def blocks(self, module: nn.Module, trained: Sequence[str]) -> list[tuple[str, ...]]:
         return weight_and_bias(trained)
 
+    def positionwise(self, module: nn.Module) -> bool:
+        return True
+
     def columns(self, module: nn.Module, blocks: Sequence[Block], call: Call) -> list[Columns]:
         v = only_cotangent(call)
         v = v.reshape(*v.shape[:2], -1, v.shape[-1])
