@@ -1,12 +1,16 @@
-"""Time of one training step of DDPNOpt over one of Adam, on one thread, for each curvature and call form.
+"""Cost of one training step of DDPNOpt over one of Adam, on one thread: time, peak memory, growth.
 
     python benchmarks/step_time.py
 
 Writes docs/results/step_time.md. A step is all of it: forward pass, backward pass, update. All optimizers take turns
 in one process, in blocks of steps long enough to hold the rare refreshes of a curvature in their due share, and each
-block is compared with Adam's of the same turn, so that a machine that slows down slows both.
+block is compared with Adam's of the same turn. What is counted is the processor's time spent in the process, which a
+machine shared with other work disturbs less than the clock on the wall. Memory is measured in a fresh process each.
 """
 
+import math
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,57 +28,89 @@ from _training import RESULTS
 from torch import Tensor, nn
 
 from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Identity, Kronecker
+from ddpnopt.baselines import EKFAC, EMSA
 from ddpnopt.experiments.environment import version
 from ddpnopt.experiments.files import write_atomic
 
 BATCH = 128
+MEMORY_BATCH = 256
+BATCHES = (64, 128, 256, 512, 1024)
+DEPTHS = (2, 4, 8)  # hidden layers
 BLOCK = 10  # steps: a multiple of every curvature's refresh_every
 DIFFERENT = 16  # batches that follow each other: one alone is soon learned by heart, and leaves denormal gradients
-CURVATURES = (Identity(), Adaptive(), Kronecker(), EigenKronecker())
 Step = Callable[[], object]
+Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time of one training step of DDPNOpt over one of Adam, on one thread, for each curvature and call form."""
+    """Cost of one training step of DDPNOpt over one of Adam, on one thread: time, peak memory, growth."""
 
-    turns: int = 21
+    turns: int = 7
     """Timed blocks of each optimizer."""
 
-    networks: tuple[Literal["mlp", "cnn"], ...] = ("mlp", "cnn")
-    """mlp: dense 784-256-256-10. cnn: four convolutions of 16 channels on 3x32x32 pictures, two dense layers."""
+    networks: tuple[Literal["small", "mlp", "cnn"], ...] = ("small", "mlp", "cnn")
+    """small: dense 784-256-256-10. mlp: dense 784-1024-1024-1024-10. cnn: the paper's, on 3x32x32 pictures."""
+
+    growth: bool = True
+    """Also time the mlp with other batches and depths."""
+
+    memory: bool = True
+    """Also measure peak memory, in fresh processes."""
 
     out: Path = RESULTS
     """Folder of the page."""
 
+    peak: tuple[str, str, str] | None = None
+    """Measure this alone, in this process, and print the bytes: a network, an optimizer, a call form."""
+
 
 @dataclass(frozen=True)
 class Network:
-    """A network to time, and the shape of one of its inputs."""
+    """A network to time, the shape of one of its inputs, and which optimizers are too dear to be timed on it."""
 
     words: str
     shape: tuple[int, ...]
     build: Callable[[], nn.Module]
+    left_out: tuple[str, ...] = ()
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
-
-
-def cnn() -> nn.Module:
+def mlp(width: int = 1024, depth: int = 3) -> nn.Module:
+    """784, then ``depth`` hidden layers of ``width``, then 10; ReLU."""
     layers: list[nn.Module] = []
-    for inputs, stride in ((3, 1), (16, 2), (16, 1), (16, 2)):
-        layers += [nn.Conv2d(inputs, 16, 3, stride=stride, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 8 * 8, 64), nn.ReLU(), nn.Linear(64, 10))
+    for inputs in (784, *[width] * (depth - 1)):
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+def cnn(channels: int = 32) -> nn.Module:
+    """Four 3x3 convolutions, strides 1, 2, 1, 2, then two dense layers; ReLU."""
+    layers: list[nn.Module] = []
+    for inputs, stride in ((3, 1), (channels, 2), (channels, 1), (channels, 2)):
+        layers += [nn.Conv2d(inputs, channels, 3, stride=stride, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 8 * 8, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 NETWORKS: Mapping[str, Network] = {
-    "mlp": Network("Dense network 784-256-256-10, ReLU", (784,), mlp),
+    "small": Network("Dense network 784-256-256-10, ReLU", (784,), lambda: mlp(256, 2)),
+    "mlp": Network("Dense network 784-1024-1024-1024-10, ReLU", (784,), mlp, ("Adaptive", "EigenKronecker", "EMSA")),
     "cnn": Network(
-        "Four 3x3 convolutions of 16 channels (strides 1, 2, 1, 2) on 3x32x32 pictures, dense layers 1024-64-10, ReLU",
+        "Four 3x3 convolutions of 32 channels (strides 1, 2, 1, 2) on 3x32x32 pictures, dense layers 2048-64-10, ReLU",
         (3, 32, 32),
         cnn,
+        ("EMSA",),
     ),
+}
+
+OPTIMIZERS: Mapping[str, Make] = {
+    "Adam": lambda model: torch.optim.Adam(model.parameters()),
+    "Adam, fused": lambda model: torch.optim.Adam(model.parameters(), fused=True),
+    "EKFAC": lambda model: EKFAC(model, 0.01),
+    "EMSA": lambda model: EMSA(model, rho=1.0),
+    "Kronecker": lambda model: DDPNOpt(model),
+    "Identity": lambda model: DDPNOpt(model, curvature=Identity()),
+    "Adaptive": lambda model: DDPNOpt(model, curvature=Adaptive()),
+    "EigenKronecker": lambda model: DDPNOpt(model, curvature=EigenKronecker()),
 }
 
 
@@ -131,28 +167,30 @@ class Timing:
         return median(ratios), low, high
 
 
-def contestants(network: Network) -> dict[tuple[str, str], Step]:
-    """A step function, on a network of its own, by optimizer and call form; Adam is first."""
+def step_of(network: Network, optimizer: str, form: str, batch: int = BATCH, different: int = DIFFERENT) -> Step:
+    """A step function of an optimizer on a network of its own."""
     torch.manual_seed(0)
-    batches = [(torch.randn(BATCH, *network.shape), torch.randint(10, (BATCH,))) for _ in range(DIFFERENT)]
-    criterion = nn.CrossEntropyLoss()
+    batches = cycle([(torch.randn(batch, *network.shape), torch.randint(10, (batch,))) for _ in range(different)])
+    model, criterion = network.build(), nn.CrossEntropyLoss()
 
-    def loss_of(model: nn.Module) -> Callable[[], Tensor]:
-        turns = cycle(batches)
+    def loss() -> Tensor:
+        x, y = next(batches)
+        value: Tensor = criterion(model(x), y)
+        return value
 
-        def loss() -> Tensor:
-            x, y = next(turns)
-            value: Tensor = criterion(model(x), y)
-            return value
+    return FORMS[form](OPTIMIZERS[optimizer](model), loss)
 
-        return loss
 
-    model = network.build()
-    steps = {("Adam", next(iter(FORMS))): plain(torch.optim.Adam(model.parameters()), loss_of(model))}
-    for curvature in CURVATURES:
-        for words, form in FORMS.items():
-            model = network.build()
-            steps[type(curvature).__name__, words] = form(DDPNOpt(model, curvature=curvature), loss_of(model))
+def contestants(network: Network) -> dict[tuple[str, str], Step]:
+    """Step functions by optimizer and call form; Adam is first."""
+    drop_in, _, with_loss = FORMS
+    steps = {}
+    for name in OPTIMIZERS:
+        if name not in network.left_out:
+            steps[name, drop_in] = step_of(network, name, drop_in)
+        if name in ("Kronecker", "Identity"):
+            for form in list(FORMS)[1:] if name == "Kronecker" else [with_loss]:
+                steps[name, form] = step_of(network, name, form)
     return steps
 
 
@@ -163,11 +201,11 @@ def measure(steps: Mapping[tuple[str, str], Step], turns: int, title: str) -> di
     with Bar(title, turns + 1) as bar:
         for turn in range(turns + 1):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
-                began = time.perf_counter()
+                began = time.process_time()
                 for _ in range(BLOCK):
                     steps[name]()
                 if turn:
-                    blocks[name].append((time.perf_counter() - began) / BLOCK)
+                    blocks[name].append((time.process_time() - began) / BLOCK)
             bar.advance()
     return {name: Timing(tuple(values)) for name, values in blocks.items()}
 
@@ -182,19 +220,92 @@ def section(network: Network, timings: Mapping[tuple[str, str], Timing]) -> str:
     return f"## {network.words}\n\n{table(header, rows)}\n"
 
 
+def growth(turns: int) -> str:
+    """Time of a step against batch and depth, and the exponents of a power law through the first and the last."""
+    drop_in = next(iter(FORMS))
+    lines = []
+    for words, sizes, networks in (
+        ("batch", BATCHES, [(NETWORKS["mlp"], size) for size in BATCHES]),
+        ("hidden layers", DEPTHS, [(Network("", (784,), lambda d=d: mlp(depth=d)), BATCH) for d in DEPTHS]),  # type: ignore[misc]
+    ):
+        steps = {
+            (name, str(size)): step_of(network, name, drop_in, batch)
+            for size, (network, batch) in zip(sizes, networks, strict=True)
+            for name in ("Adam", "Kronecker")
+        }
+        timings = measure(steps, turns, words)
+        rows = []
+        for name in ("Adam", "Kronecker"):
+            times = [timings[name, str(size)].milliseconds for size in sizes]
+            exponent = math.log(times[-1] / times[0]) / math.log(sizes[-1] / sizes[0])
+            last = math.log(times[-1] / times[-2]) / math.log(sizes[-1] / sizes[-2])
+            rows.append([name, *(f"{t:.1f}" for t in times), f"{exponent:.2f} ({last:.2f})"])
+        ratios = [timings["Kronecker", str(size)].over(timings["Adam", str(size)])[0] for size in sizes]
+        rows.append(["ratio", *(f"{ratio:.2f}" for ratio in ratios), ""])
+        lines.append(table([words, *map(str, sizes), "exponent (of the last step)"], rows))
+    tables = "\n\n".join(lines)
+    return f"""## Growth with batch and depth
+
+Milliseconds of a step of dense networks 784-1024-...-10 in the drop-in form, by batch (three hidden layers) and by
+depth (batch {BATCH}).
+
+{tables}
+"""
+
+
+def resident() -> int:
+    """Bytes of the process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak_of(network: str, optimizer: str, form: str) -> int:
+    """How far this process's memory grows above what it was before the model was built, in bytes."""
+    nn.Linear(8, 8)(torch.randn(4, 8)).sum().backward()  # what torch loads at first use
+    before = resident()
+    step = step_of(NETWORKS[network], optimizer, form, MEMORY_BATCH, different=1)
+    for _ in range(BLOCK + 2):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def memory(networks: Sequence[str]) -> str:
+    """Peak memory in fresh processes."""
+    drop_in, _, with_loss = FORMS
+    rows = []
+    for network in networks:
+        adam = 0
+        for name, form in (("Adam", drop_in), ("EKFAC", drop_in), ("Kronecker", drop_in), ("Kronecker", with_loss)):
+            words = [sys.executable, __file__, "--peak", network, name, form]
+            peak = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
+            adam = adam or peak
+            rows.append([NETWORKS[network].words, name, form, f"{peak / 2**20:.0f}", f"{peak / adam:.2f}"])
+    header = ["network", "", "call form", "MiB", "over Adam"]
+    return (
+        f"## Peak memory\n\nBatch {MEMORY_BATCH}, a fresh process each: the largest resident size in {BLOCK + 2} steps "
+        f"above that before the model was built.\n\n{table(header, rows)}\n"
+    )
+
+
 def page(sections: Sequence[str], arguments: Arguments, seconds: float) -> str:
-    settings = ", ".join(f"`{curvature!r}`" for curvature in CURVATURES)
     software = f"ddpnopt {version('ddpnopt')}, torch {torch.__version__}"
     tables = "\n".join(sections)
-    return f"""# Time of a step over Adam's
+    return f"""# Cost of a step over Adam's
 
 A step is forward pass, backward pass and update, for DDPNOpt also its second forward pass. Batch {BATCH}, random data,
 float32, one thread, learning rate at its default. Each optimizer trains a network of its own; all take turns in one
 process, in {plural(arguments.turns, "block")} of {BLOCK} steps, which hold a curvature's rare refreshes in due
-share. The ratio is the median over the turns of a block's time to Adam's block of the same turn, with quartiles.
+share. The ratio is the median over the turns of a block's time to Adam's block of the same turn, with quartiles. Times
+are processor time of the process: the machine was shared with other work, and the quartiles tell how much that shows.
+`Adam` is `torch.optim.Adam(model.parameters())`, torch's default on a processor; its fused form is listed too. What is
+not listed for a network would take more than ten times as long there. Where the time goes is in
+[cost.md](../cost.md).
 
 {tables}
-Curvatures: {settings}; terminal `Gradient()`, coupling `"batch"`.
+`Kronecker` is DDPNOpt's default,
+`{Kronecker()!r}`;
+terminal `Gradient()`, coupling `"batch"`. The other names are curvatures of DDPNOpt, but for the rivals `Adam`, `EKFAC`
+and `EMSA`.
 
 Command: `{command("step_time.py", arguments, ("turns", "networks"))}` ({duration(seconds)}), {software}.
 Milliseconds and, less so, ratios depend on the machine ({torch.backends.cpu.get_cpu_capability()}).
@@ -205,12 +316,17 @@ def main(words: Sequence[str] | None = None) -> int:
     """Time, write the page; returns the exit code."""
     arguments = tyro.cli(Arguments, args=words)
     torch.set_num_threads(1)
+    if arguments.peak:
+        print(peak_of(*arguments.peak))
+        return 0
     began = time.perf_counter()
     try:
         sections = [
             section(NETWORKS[name], measure(contestants(NETWORKS[name]), arguments.turns, name))
             for name in arguments.networks
         ]
+        sections += [growth(arguments.turns)] if arguments.growth else []
+        sections += [memory([n for n in arguments.networks if n != "small"])] if arguments.memory else []
     except KeyboardInterrupt:
         print("stopped; nothing written", file=sys.stderr)
         return 130

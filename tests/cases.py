@@ -41,6 +41,7 @@ NETWORKS: dict[str, Callable[..., Case]] = {"mlp": mlp, "conv": conv_net}
 CURVATURES: dict[str, Curvature] = {
     "identity": Identity(),
     "adaptive": Adaptive(beta=0.9),
-    "kronecker": Kronecker(refresh_every=2),
+    "kronecker": Kronecker(refresh_every=2, average_every=1),
+    "low rank": Kronecker(refresh_every=1, rank=1),  # of the convolution network's wide sides
     "eigen": EigenKronecker(refresh_every=2),
 }

@@ -6,8 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpnopt.columns import Columns, DenseColumns, OuterColumns, over_batches, over_uses
-from ddpnopt.inverse import Inverse, Rotated, Separable
+from ddpnopt.columns import (
+    Columns,
+    DenseColumns,
+    Moment,
+    OuterColumns,
+    ScaledColumns,
+    over_batches,
+    over_uses,
+    symmetric_product,
+)
+from ddpnopt.inverse import Inverse, LowRank, Rotated, Separable, sandwich, times
 
 SHAPES = [(1, 4, 1), (3, 4, 1), (1, 4, 5), (2, 3, 2), (1, 12, 2)]  # R, B, S
 OUT, FAN_IN = 3, 6
@@ -22,6 +31,15 @@ def spd(n: int) -> Tensor:
     return root @ root.T + torch.eye(n)
 
 
+def low_rank(n: int, r: int) -> LowRank:
+    return LowRank(torch.linalg.qr(torch.randn(n, r))[0], torch.rand(r) - 0.5, torch.tensor(0.7))
+
+
+def matrix(side: LowRank) -> Tensor:
+    """``rest I + basis diag(weights) basis'``, written out."""
+    return side.rest * torch.eye(len(side.basis)) + side.basis @ torch.diag(side.weights) @ side.basis.T
+
+
 def inverses() -> dict[str, Inverse]:
     torch.manual_seed(7)
     basis_out, basis_in = torch.linalg.qr(spd(OUT))[0], torch.linalg.qr(spd(FAN_IN))[0]
@@ -30,6 +48,9 @@ def inverses() -> dict[str, Inverse]:
         "scaled": Separable(scale=0.3),
         "separable": Separable(spd(OUT), spd(FAN_IN)),
         "one diagonal side": Separable(torch.rand(OUT) + 0.1, spd(FAN_IN), 2.0),
+        "low rank": Separable(low_rank(OUT, 1), low_rank(FAN_IN, 2), 0.5),
+        "low rank out": Separable(low_rank(OUT, 2), spd(FAN_IN)),
+        "low rank in": Separable(spd(OUT), low_rank(FAN_IN, 2), 3.0),
         "diagonal": Rotated(torch.rand(OUT, FAN_IN) + 0.1),
         "rotated": Rotated(torch.rand(OUT, FAN_IN) + 0.1, basis_out, basis_in),
         "half rotated": Rotated(torch.rand(OUT, FAN_IN) + 0.1, None, basis_in),
@@ -45,7 +66,10 @@ def test_answers_are_dense_algebra(shape: tuple[int, int, int], kind: str) -> No
     M_inverse = torch.linalg.inv(inverse.to_dense(OUT, FAN_IN))
     w, g = torch.randn(R, B), torch.randn(OUT, FAN_IN)
     blocks = (U @ M_inverse @ U.T).view(R, B, R, B).diagonal(dim1=1, dim2=3).permute(2, 0, 1)
-    forms: list[Columns] = [columns, columns.dense()]
+    scale = torch.rand(B) + 0.5
+    unscaled = OuterColumns(columns.v / scale[:, None, None], columns.x)
+    forms: list[Columns] = [columns, columns.dense(), ScaledColumns(unscaled, scale)]
+    forms += [ScaledColumns(unscaled.dense(), scale), ScaledColumns(unscaled, scale / 2).multiplied(2 * torch.ones(B))]
     for form in forms:
         close = torch.testing.assert_close
         close(form.weighted(w).flatten(), U.T @ w.flatten())
@@ -54,6 +78,10 @@ def test_answers_are_dense_algebra(shape: tuple[int, int, int], kind: str) -> No
         close(form.gram(inverse), U @ M_inverse @ U.T)
         close(form.sample_gram(inverse), blocks)
         close(form.solve_weighted(inverse, w).flatten(), M_inverse @ U.T @ w.flatten())
+        control = [torch.randn(OUT, FAN_IN - 1), torch.randn(OUT, 1)]
+        moved = torch.cat(control, 1) - 0.3 * (M_inverse @ U.T @ w.flatten()).view(OUT, FAN_IN)
+        form.move_(control, inverse, w, -0.3)
+        close(torch.cat(control, 1), moved)
         close(form.combined(w).weighted(torch.ones(1, B)), form.weighted(w))
         close(form.first(1).directional(g), form.directional(g)[:1])
 
@@ -72,6 +100,10 @@ def test_factors_carry_the_trace(shape: tuple[int, int, int]) -> None:
     columns = outer(*shape)
     S, A = columns.dense().factors()
     torch.testing.assert_close(S.trace() * A.trace(), columns.dense().values.square().sum() / columns.batch)
+    scale = torch.rand(shape[1]) + 0.5
+    scaled = ScaledColumns(OuterColumns(columns.v / scale[:, None, None], columns.x), scale)
+    torch.testing.assert_close(scaled.factors(), columns.factors())
+    torch.testing.assert_close(scaled.squares(None, None), columns.squares(None, None))
     S, A = columns.factors()
     if shape[2] == 1:
         torch.testing.assert_close(S, torch.einsum("rbso,rbsp->op", columns.v, columns.v) / columns.batch)
@@ -92,6 +124,47 @@ def test_chunks_do_not_change_the_gram(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = columns.gram(inverse)
     monkeypatch.setattr("ddpnopt.columns.CHUNK", 1)
     torch.testing.assert_close(columns.gram(inverse), whole)
+
+
+def test_blocks_do_not_change_a_symmetric_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = torch.randn(7, 5)
+    right = root @ spd(5)
+    whole = root @ right.T
+    for rows in (1, 2, 3, 7, 8):
+        monkeypatch.setattr("ddpnopt.columns.ROWS", rows)
+        torch.testing.assert_close(symmetric_product(root, right), whole)
+
+
+def test_moments_are_factors_not_multiplied_out() -> None:
+    for columns in (outer(2, 4, 3), outer(2, 4, 3).dense(), ScaledColumns(outer(2, 4, 3), torch.rand(4))):
+        for moment, factor in zip(columns.moments(), columns.factors(), strict=True):
+            assert isinstance(moment, Moment)
+            values = torch.randn(moment.side, 2)
+            torch.testing.assert_close(moment.times(values), factor @ values)
+            torch.testing.assert_close(moment.trace(), factor.trace())
+
+
+def test_low_rank_sides_are_the_matrices_they_stand_for() -> None:
+    out, fan_in, values = low_rank(OUT, 2), low_rank(FAN_IN, 3), torch.randn(2, OUT, FAN_IN)
+    torch.testing.assert_close(times(values, fan_in), values @ matrix(fan_in))
+    torch.testing.assert_close(sandwich(out, values, fan_in), matrix(out).T @ values @ matrix(fan_in))
+
+
+def test_the_update_takes_the_solves_of_its_own_inverse() -> None:
+    columns, w = outer(1, 4, 1), torch.randn(1, 4)
+    for inverse in (Separable(spd(OUT), spd(FAN_IN)), Separable(spd(OUT), spd(FAN_IN))):
+        columns.gram(inverse)
+        torch.testing.assert_close(columns.solve_weighted(inverse, w), inverse.solve(columns.weighted(w)))
+
+
+def test_half_precision_parameters_are_rounded_once() -> None:
+    columns, w, inverse = outer(1, 2, 1), torch.randn(1, 2), Separable(spd(OUT), spd(FAN_IN))
+    start = torch.randn(OUT, FAN_IN).bfloat16()
+    for form in (columns, columns.dense()):
+        control = [start.clone()]
+        form.move_(control, inverse, w, -0.3)
+        expected = start.double() - 0.3 * inverse.solve(columns.weighted(w))
+        assert (control[0].double() - expected).abs().max() <= 0.51 * 2**-7 * expected.abs().max()
 
 
 def test_uses_add_up_and_batches_stand_side_by_side() -> None:

@@ -1,6 +1,7 @@
 """Curvatures: averages, refresh, damping, and the ladder of factorisations down to the last good one."""
 
 import math
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Identity, Kronecker, linalg
-from ddpnopt.columns import OuterColumns
+from ddpnopt.columns import Moment, OuterColumns
 from ddpnopt.curvature import Curvature
 from ddpnopt.curvature.base import State
-from ddpnopt.curvature.kronecker import split_ridge
-from ddpnopt.inverse import Separable
+from ddpnopt.curvature.factor import averaged, inverted, side, split_ridge
+from ddpnopt.inverse import LowRank, Separable
 
 OUT, FAN_IN = 3, 5
 
@@ -31,22 +32,123 @@ def advanced(curvature: Curvature, steps: int, ridge: float = 0.1) -> tuple[Stat
 
 
 def test_moving_averages_start_as_means() -> None:
-    state, seen = advanced(Kronecker(beta=0.9), 4)
+    state, seen = advanced(Kronecker(beta=0.9, average_every=1), 4)
     for i, name in enumerate(("S", "A")):
         torch.testing.assert_close(state[name], torch.stack([c.factors()[i] for c in seen]).mean(0))
 
 
 def test_inverses_are_of_the_damped_factors_at_the_last_refresh() -> None:
-    curvature, ridge = Kronecker(refresh_every=3), 0.2
+    curvature, ridge = Kronecker(refresh_every=3, average_every=1), 0.2
     state, seen = advanced(curvature, 5, ridge)
     S, A = (torch.stack([c.factors()[i] for c in seen[:4]]).mean(0) for i in (0, 1))
-    l1, l2 = split_ridge(S, A, ridge)
+    l1, l2 = split_ridge(S.diagonal().mean(), A.diagonal().mean(), ridge)
     inverse = curvature.inverse(state, ridge)
     assert isinstance(inverse, Separable)
     torch.testing.assert_close(inverse.out, torch.linalg.inv(S + l1 * torch.eye(OUT)))
     torch.testing.assert_close(inverse.fan_in, torch.linalg.inv(A + l2 * torch.eye(FAN_IN)))
     torch.testing.assert_close(l1 * l2, torch.tensor(ridge))
     torch.testing.assert_close(l2 / l1, A.diagonal().mean() / S.diagonal().mean())
+
+
+def test_a_batch_enters_the_averages_every_few_steps() -> None:
+    state, seen = advanced(Kronecker(refresh_every=2, average_every=3), 6)
+    torch.testing.assert_close(state["A"], (seen[0].factors()[1] + seen[3].factors()[1]) / 2)
+    by_default, seen = advanced(Kronecker(refresh_every=2), 4)
+    torch.testing.assert_close(by_default["A"], (seen[0].factors()[1] + seen[2].factors()[1]) / 2)
+
+
+def decaying(count: int, side: int) -> Tensor:
+    """Rows whose second moment has eigenvalues that fall like 1/i^2."""
+    return torch.randn(count, side) / torch.arange(1, side + 1)
+
+
+def test_a_wide_factor_is_exact_where_its_rank_suffices() -> None:
+    wide = OuterColumns(torch.randn(1, 3, 1, 40), torch.randn(3, 1, 50))
+    curvature = Kronecker(rank=4, refresh_every=1)
+    state: State = {}
+    for _ in range(2):  # the second step must not lose what the first has found
+        state = curvature.advance(state, wide, lambda: torch.zeros(40, 50), 0.1)
+    assert "A" not in state
+    inverse, whole = curvature.inverse(state, 0.1), Kronecker(rank=None)
+    expected = whole.inverse(whole.advance({}, wide, lambda: torch.zeros(40, 50), 0.1), 0.1)
+    assert isinstance(inverse, Separable)
+    assert isinstance(inverse.out, LowRank)
+    gradient = torch.randn(40, 50)
+    torch.testing.assert_close(inverse.solve(gradient), expected.solve(gradient))
+
+
+def test_a_wide_factor_follows_the_moving_average() -> None:
+    state: State = {}
+    average = torch.zeros(60, 60)
+    for t in range(12):
+        moment, past = Moment(decaying(30, 60), 30), min(0.9, 1 - 1 / (t + 1))
+        state = averaged(state, "A", moment, past, 6)
+        average = past * average + (1 - past) * moment.matrix()
+    torch.testing.assert_close(state["A_trace"], average.trace())
+    basis, values = state["A_basis"], state["A_values"]
+    torch.testing.assert_close(basis.T @ basis, torch.eye(6))
+    best = torch.linalg.eigvalsh(average)[-6:]
+    assert best.sum() * 0.99 < values.sum() <= best.sum() * (1 + 1e-9)
+    low = side(inverted(state, "A", torch.tensor(0.3))[0], "A")
+    assert isinstance(low, LowRank)
+    whole = torch.linalg.inv(low.times(torch.eye(60))) - 0.3 * torch.eye(60)
+    torch.testing.assert_close(whole.trace(), average.trace())
+    torch.testing.assert_close(whole @ basis, basis * values)
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1.0, 1e6])
+def test_a_wide_factor_keeps_R_positive_and_bounded_below(lr: float) -> None:
+    curvature = Kronecker(rank=2, refresh_every=1)
+    ridge = curvature.ridge(lr, 0.05, batch=True)
+    state: State = {}
+    for _ in range(3):
+        wide = OuterColumns(decaying(8, 20)[None, :, None], decaying(8, 25)[:, None])
+        state = curvature.advance(state, wide, lambda: torch.zeros(20, 25), ridge)
+    R = curvature.inverse(state, ridge).to_dense(20, 25) / lr
+    assert torch.linalg.eigvalsh(R)[0] >= 0.15 * (1 - 1e-6)
+
+
+def test_wide_factors_resume_bit_for_bit(tmp_path: Path) -> None:
+    def start() -> tuple[torch.nn.Module, DDPNOpt]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Tanh(), torch.nn.Linear(20, 3))
+        return model, DDPNOpt(model, curvature=Kronecker(rank=2, refresh_every=3, average_every=2))
+
+    def steps(model: torch.nn.Module, optimizer: DDPNOpt, numbers: range) -> None:
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            x, y = torch.randn(6, 30, generator=generator), torch.randint(3, (6,), generator=generator)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    whole = start()
+    steps(*whole, range(8))
+    first, resumed = start(), start()
+    steps(*first, range(5))
+    torch.save(first[1].state_dict(), tmp_path / "state")
+    resumed[0].load_state_dict(first[0].state_dict())
+    resumed[1].load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    steps(*resumed, range(5, 8))
+    assert "A_basis" in resumed[1].state[resumed[0][0].weight]  # type: ignore[index]
+    for new, wanted in zip(resumed[0].parameters(), whole[0].parameters(), strict=True):
+        assert torch.equal(new, wanted)
+
+
+@pytest.mark.parametrize(("damping", "x"), [(0.1, torch.zeros(4, 30)), (0.0, torch.ones(4, 30))])
+def test_wide_factors_without_inputs_or_damping_do_no_harm(damping: float, x: Tensor) -> None:
+    model = torch.nn.Linear(30, 20, bias=False)
+    optimizer = DDPNOpt(model, curvature=Kronecker(damping=damping, rank=2, refresh_every=1))
+    for _ in range(2):  # a dead factor, and one of rank one
+        optimizer.step(lambda: model(x.to(model.weight.dtype)).square().mean())
+    assert bool(torch.isfinite(model.weight).all())
+
+
+@pytest.mark.parametrize("option", ["average_every", "rank"])
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_counts_are_checked(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=option):
+        Kronecker(**{option: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("curvature", [Identity(damping=0.3), Adaptive(), Kronecker(), EigenKronecker()])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cases import CURVATURES
 from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Identity, Kronecker
-from ddpnopt.columns import WIDEST, DenseColumns, OuterColumns
+from ddpnopt.columns import WIDEST, DenseColumns, OuterColumns, ScaledColumns
 from ddpnopt.steps import Task, _read
 
 
@@ -31,11 +31,14 @@ def test_every_parameter_has_its_row_and_what_falls_back_a_remedy() -> None:
     by_name = {row.name: row for row in report.rows}
     assert sum(row.parameters for row in report.rows) == sum(p.numel() for p in model.parameters())
     rules = {"first": "linear", "act": "generic", "norm": "norm", "last": "linear"}
-    assert {name: row.rule for name, row in by_name.items()} == rules | {"first.weight": "base", "last.bias": "none"}
-    assert {row.name for row in report.rows if row.remedy} == {"act", "first.weight", "last.bias"}
+    assert {name: row.rule for name, row in by_name.items()} == rules | {
+        "first.weight": "linear + linear",
+        "last.bias": "none",
+    }
+    assert {row.name for row in report.rows if row.remedy} == {"act", "last.bias"}
     assert "requires_grad_(True)" in by_name["last.bias"].remedy
     assert by_name["last.bias"].curvature == ""
-    assert by_name["first.weight"].curvature == "Adaptive"
+    assert by_name["first.weight"].curvature == "Kronecker"
     assert by_name["norm"].curvature == "Kronecker"
     said = str(report)
     assert all(row.remedy in said and row.why in said for row in report.rows)
@@ -62,6 +65,7 @@ def test_the_numbers_held_are_those_of_the_columns(curvature: str, monkeypatch: 
     def spied(task: Task, layer: Any, *rest: Any) -> Any:
         pairs = _read(task, layer, *rest)
         for _, columns in pairs:
+            columns = columns.columns if isinstance(columns, ScaledColumns) else columns
             if isinstance(columns, OuterColumns):
                 per_column = columns.v[0, 0].numel() + columns.x[0].numel()
             else:

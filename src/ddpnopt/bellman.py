@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .columns import Columns
+from .columns import Columns, add_
 from .curvature.base import Curvature, State
 from .inverse import Inverse
 from .value import Policy, SampleValue, Value
@@ -18,7 +18,7 @@ class BlockTerms:
 
     Args:
         columns: its parameter gradients.
-        control: ``u [out, fan_in]``.
+        control: ``u [out, fan_in]``; ``None`` without decay, where nobody asks for it.
         velocity: momentum buffer ``[out, fan_in]``, in units of ``M^-1 Q_u``; ``None`` before the first step or
             without momentum.
         lr, decay, momentum: step size ``eta``, stage cost ``decay / 2 |u|^2``, weight of the last update.
@@ -26,7 +26,7 @@ class BlockTerms:
     """
 
     columns: Columns
-    control: Tensor
+    control: Tensor | None
     velocity: Tensor | None
     lr: float
     decay: float
@@ -50,17 +50,22 @@ class BlockPolicy:
     offset: Tensor | None
     state: State
 
-    def move(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """New control and new velocity (``None`` without momentum) for weights ``[R, B]`` on the columns."""
+    def move_(self, control: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+        """Move ``u`` by the policy with weights ``[R, B]`` on the columns; returns the new velocity, if there is one.
+
+        ``control``: the block's parameters, each as a matrix, ``[out, fan_in]`` side by side; written into.
+        """
         terms = self.terms
+        if self.offset is None and not terms.momentum:
+            terms.columns.move_(control, self.inverse, weights, -terms.lr)
+            return None
         direction = terms.columns.solve_weighted(self.inverse, weights)
         if self.offset is not None:
             direction = direction + self.offset
-        if terms.momentum:
-            if terms.velocity is not None:
-                direction = direction + terms.momentum * terms.velocity
-            return terms.control - terms.lr * direction, direction
-        return terms.control - terms.lr * direction, None
+        if terms.momentum and terms.velocity is not None:
+            direction = direction + terms.momentum * terms.velocity
+        add_(control, direction, -terms.lr)
+        return direction if terms.momentum else None
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal:
     # the batch form builds M from back-propagated columns, the sample form from V_x itself, as the paper does
     sample = value if isinstance(value, SampleValue) else None
     ridge = curvature.ridge(terms.lr, terms.decay, batch=sample is None)
-    cost = terms.decay * terms.control if terms.decay else None
+    cost = None if terms.control is None else terms.decay * terms.control
 
     def gradient() -> Tensor:
         own = terms.columns.weighted(nominal if sample is None else sample.v_x)
@@ -157,15 +162,23 @@ def block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal:
 
 def gram_and_cost(blocks: Sequence[BlockPolicy], *, joint: bool) -> tuple[Tensor, Tensor | None]:
     """A stage's ``G' R^-1 G``, and ``d = G' R^-1`` times its stage cost's gradient (``None`` without one)."""
-    gram = torch.stack([_gram(block, joint=joint) for block in blocks]).sum(0)
+    gram = _total([_gram(block, joint=joint) for block in blocks])
     costs = [d for d in (_cost(block, joint=joint) for block in blocks) if d is not None]
-    return gram, torch.stack(costs).sum(0) if costs else None
+    return gram, _total(costs) if costs else None
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    total, *others = tensors
+    for other in others:
+        total = total + other
+    return total
 
 
 def _gram(block: BlockPolicy, *, joint: bool) -> Tensor:
     columns = block.terms.columns
     gram = columns.gram(block.inverse) if joint else columns.sample_gram(block.inverse)
-    return gram.double() * block.terms.lr
+    # a copy of its own, so that scaling it may write into it
+    return gram.to(torch.float64, copy=True).mul_(block.terms.lr)
 
 
 def _cost(block: BlockPolicy, *, joint: bool) -> Tensor | None:

@@ -3,6 +3,7 @@
 A block's gradient is a matrix ``g [out, fan_in]`` (a bias is its last column). Either ``M`` is a Kronecker
 product, ``M^-1 g = S^-1 g A^-1`` (:class:`Separable`; the identity is a special case), or it is diagonal in
 a Kronecker basis, ``M^-1 g = Q_S [(Q_S' g Q_A) / D] Q_A'`` (:class:`Rotated`; plain diagonals have no basis).
+A side of a Kronecker product is a matrix, a diagonal, the identity or, where it is wide, :class:`LowRank`.
 """
 
 from abc import ABC, abstractmethod
@@ -12,16 +13,47 @@ import torch
 from torch import Tensor
 
 
-def times(values: Tensor, side: Tensor | None) -> Tensor:
-    """``values [..., n]`` times one side of a Kronecker product: a matrix, a diagonal, or ``None`` (identity)."""
+@dataclass(frozen=True)
+class LowRank:
+    """``rest * I + basis diag(weights) basis'``, symmetric ``[n, n]``, at the price of ``r`` of its ``n`` columns.
+
+    Args:
+        basis: ``[n, r]``, orthonormal columns.
+        weights: ``[r]``; above ``-rest``, so that the matrix is positive definite.
+        rest: what it multiplies everything outside the basis by, a tensor of one number.
+    """
+
+    basis: Tensor
+    weights: Tensor
+    rest: Tensor
+
+    def times(self, values: Tensor) -> Tensor:
+        """``values [..., n]`` times the matrix."""
+        return values * self.rest + ((values @ self.basis) * self.weights) @ self.basis.mT
+
+    def double(self) -> "LowRank":
+        """The same in float64."""
+        return LowRank(self.basis.double(), self.weights.double(), self.rest.double())
+
+
+Side = Tensor | LowRank | None
+"""One side of a Kronecker product: a matrix, a vector (a diagonal), low rank on a multiple of ``I``, or ``I``."""
+
+
+def times(values: Tensor, side: Side) -> Tensor:
+    """``values [..., n]`` times one side of a Kronecker product."""
     if side is None:
         return values
+    if isinstance(side, LowRank):
+        return side.times(values)
     return values * side if side.ndim == 1 else values @ side
 
 
-def sandwich(out: Tensor | None, values: Tensor, fan_in: Tensor | None) -> Tensor:
-    """``out' values fan_in`` for ``values [..., out, fan_in]``; sides as in :func:`times`."""
-    if out is not None:
+def sandwich(out: Side, values: Tensor, fan_in: Side) -> Tensor:
+    """``out' values fan_in`` for ``values [..., out, fan_in]``."""
+    if isinstance(out, LowRank):
+        values = out.times(values.mT).mT
+    elif out is not None:
         values = out[:, None] * values if out.ndim == 1 else out.mT @ values
     return times(values, fan_in)
 
@@ -49,10 +81,10 @@ class Inverse(ABC):
 
 @dataclass(frozen=True)
 class Separable(Inverse):
-    """``M^-1 = scale * out (x) fan_in``; a side is a matrix, a vector (diagonal) or ``None`` (identity)."""
+    """``M^-1 = scale * out (x) fan_in``."""
 
-    out: Tensor | None = None
-    fan_in: Tensor | None = None
+    out: Side = None
+    fan_in: Side = None
     scale: float = 1.0
 
     def solve(self, gradient: Tensor) -> Tensor:

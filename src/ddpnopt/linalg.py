@@ -4,6 +4,8 @@ Every function walks the same ladder and reports how far it had to go: as it is,
 diagonal, in float64, and last (the caller's part) the last good factor.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,18 +19,19 @@ def symmetrise(matrix: Tensor) -> Tensor:
 
 
 def cholesky(matrix: Tensor) -> tuple[Tensor | None, int]:
-    """Lower Cholesky factor of ``matrix [n, n]`` and the number of failed attempts before it.
+    """Lower Cholesky factor of a symmetric ``matrix [n, n]`` and the number of failed attempts before it.
 
     The factor is ``None`` if every rung failed (not finite, or clearly indefinite).
     """
-    matrix = symmetrise(matrix)
-    scale = matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
     failures = 0
     for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
         for jitter in JITTERS:
-            eye = torch.eye(len(matrix), dtype=dtype, device=matrix.device)
-            factor, info = torch.linalg.cholesky_ex(matrix.to(dtype) + jitter * scale.to(dtype) * eye)
-            if int(info) == 0 and bool(torch.isfinite(factor).all()):
+            tried = matrix.to(dtype, copy=bool(jitter))
+            if jitter:
+                tried.diagonal().add_(jitter * tried.diagonal().mean().clamp_min(torch.finfo(dtype).tiny))
+            factor, info = torch.linalg.cholesky_ex(tried)
+            # a pivot that is not finite makes all after it, and the last one, not finite
+            if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
                 return factor, failures
             failures += 1
     return None, failures
@@ -36,7 +39,7 @@ def cholesky(matrix: Tensor) -> tuple[Tensor | None, int]:
 
 def inverse(matrix: Tensor) -> tuple[Tensor | None, int]:
     """Inverse of an SPD ``matrix [n, n]`` in its own dtype, and the number of failed attempts before it."""
-    factor, failures = cholesky(matrix)
+    factor, failures = cholesky(symmetrise(matrix))
     if factor is None:
         return None, failures
     return symmetrise(torch.cholesky_inverse(factor)).to(matrix.dtype), failures
@@ -59,3 +62,26 @@ def eigenbasis(matrix: Tensor) -> tuple[Tensor | None, int]:
                 return basis.to(matrix.dtype), failures
             failures += 1
     return None, failures
+
+
+def leading(start: Tensor, times: Callable[[Tensor], Tensor], count: int, passes: int) -> tuple[Tensor, Tensor] | None:
+    """Leading eigenvectors ``[n, r]`` and eigenvalues ``[r]``, ``r <= count``, of a positive semi-definite matrix.
+
+    Subspace iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, section 4): what it finds are the Ritz
+    pairs of the subspace it ends with, so the eigenvalues are never above the true ones. ``None`` if not finite.
+
+    Args:
+        start: ``[n, c]`` with ``c >= r``, vectors to begin from.
+        times: multiplies the matrix by ``[n, c]``.
+        count: ``r`` at most.
+        passes: how often the subspace is multiplied.
+    """
+    subspace = start
+    for _ in range(passes):
+        subspace = torch.linalg.qr(times(subspace)).Q
+    projected = symmetrise(subspace.mT @ times(subspace))
+    if not bool(torch.isfinite(projected).all()):
+        return None
+    values, vectors = torch.linalg.eigh(projected)
+    kept = slice(max(0, len(values) - count), None)
+    return subspace @ vectors[:, kept], values[kept].clamp_min(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .columns import Columns, over_batches, over_uses
+from .columns import Columns, ScaledColumns, over_batches, over_uses
 from .conditions import redrawn
 from .errors import StepError
 from .layers import Call
@@ -31,13 +31,17 @@ class Linearised:
     recorded: Pass
     scale: Tensor | None
 
+    def unscaled(self, cotangent: Tensor, dim: int = 0) -> Tensor:
+        """Columns ``[R, B, ...]``, at least in float32, but for ``scale``; ``dim`` as in :meth:`columns`."""
+        cotangent = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
+        return cotangent.movedim(1 + dim, 1) if self.scale is None else cotangent.movedim(dim, 0)[None]
+
     def columns(self, cotangent: Tensor, dim: int = 0) -> Tensor:
         """Columns ``[R, B, ...]``, at least in float32; ``dim``: which dimension of one column is the batch."""
-        cotangent = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
+        columns = self.unscaled(cotangent, dim)
         if self.scale is None:
-            return cotangent.movedim(1 + dim, 1)
-        cotangent = cotangent.movedim(dim, 0)
-        return (cotangent * self.scale.to(cotangent).view(-1, *[1] * (cotangent.ndim - 1)))[None]
+            return columns
+        return columns * self.scale.to(columns).view(-1, *[1] * (cotangent.ndim - 1))
 
     def deviation(self, stage: nn.Module, inputs: Sequence[Tensor], name: str) -> Tensor | None:
         """``r = P' dx [R, B]`` of a stage's own inputs, now ``inputs``; ``None`` if nothing before it moves."""
@@ -58,7 +62,8 @@ class Linearised:
 
     def projected(self, cotangent: Tensor, dx: Tensor, dim: int = 0) -> Tensor:
         """``P' dx [R, B]`` of one tensor; ``dx`` leads with the batch, ``dim`` as in :meth:`columns`."""
-        return (self.columns(cotangent, dim) * dx).flatten(2).sum(2)
+        r = _inner_products(self.unscaled(cotangent, dim), dx)
+        return r if self.scale is None else r * self.scale.to(r)
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,12 @@ def _pulled(
     return again, len(factor), factor.device
 
 
+def _inner_products(columns: Tensor, dx: Tensor) -> Tensor:
+    """``<P_rb, dx_b>``, ``[R, B]``, for columns ``[R, B, ...]``."""
+    dx = dx.to(columns.dtype)
+    return torch.linalg.vecdot(columns.flatten(2), dx.flatten(1)) if columns.ndim > 2 else columns * dx
+
+
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:
     """Columns of each of a layer's blocks over all passes.
 
@@ -243,12 +254,15 @@ def columns_of_runs(
     parts: list[list[Columns] | None] = []
     for one, own in zip(linearised, runs, strict=True):
         calls = [
-            (run, [None if c is None else one.columns(c, dim) for c, dim in zip(run.cotangents, run.dims, strict=True)])
+            (run, [None if c is None else one.unscaled(c, d) for c, d in zip(run.cotangents, run.dims, strict=True)])
             for run in own
             if any(c is not None for c in run.cotangents)
         ]
         uses = [_columns_of_run(layer, run, cotangents) for run, cotangents in calls]
-        parts.append([over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None)
+        found = [over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None
+        if found and one.scale is not None:  # gradients are linear in the cotangents, sample by sample
+            found = [ScaledColumns(columns, one.scale) for columns in found]
+        parts.append(found)
     some = next((part for part in parts if part is not None), None)
     if some is None:
         return None

@@ -219,7 +219,7 @@ class DDPNOpt(torch.optim.Optimizer):
         refuse_compiled(self.model, seen=self._recorder is not None and self._recorder.compiled)
         gradients = found.unscaled(1.0 if scale is None else scale)
         try:
-            with Transaction(self._names, self.model, found.passes, gradients) as transaction:
+            with Transaction(self._names, self.model, found.passes, gradients, self._room) as transaction:
                 check_evaluated(found, self._network if self._recorder is not None else None)
                 if scale is None and self._recorder is not None:
                     scale = found_scale(self._network, found.passes, self._recorder, gradients, self.terminal.reduction)
@@ -229,7 +229,7 @@ class DDPNOpt(torch.optim.Optimizer):
                     scale or 1.0, self._steps,
                 )  # fmt: skip
                 outcome = open_loop(task) if self._is_base else closed_loop(task)
-                transaction.check(outcome.states)
+                transaction.check(outcome.states, self.state)
         except NonFiniteError:
             if self.on_nonfinite == "raise":
                 raise
@@ -276,6 +276,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad}
         self._network: Network = read_network(self.model, self._group_of, self.stages, self._refused)
         self._names = named(self._group_of, self.param_groups, self.model)
+        self._room: list[torch.Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""

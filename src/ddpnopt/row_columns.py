@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .columns import CHUNK, Columns, DenseColumns
-from .inverse import Inverse, Rotated, Separable, times
+from .columns import CHUNK, Columns, DenseColumns, Diagonal, Moment
+from .inverse import Inverse, LowRank, Rotated, Separable, times
 
 DENSER = 16
 """How many products of a matrix multiplication cost as much as one product of gathered pairs."""
@@ -70,13 +70,14 @@ class RowColumns(Columns):
     def solve_weighted(self, inverse: Inverse, weights: Tensor) -> Tensor:
         return inverse.solve(self.weighted(weights))
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """As :meth:`DenseColumns.factors`, with the diagonal of ``S`` alone, at any height."""
+    def moments(self) -> tuple[Diagonal, Moment]:
+        """As :meth:`DenseColumns.moments`, with the diagonal of ``S`` alone, at any height."""
         values = self.values.flatten(0, 1)
         root = (values.square().sum() / self.batch).sqrt()
         scale = torch.where(root == 0, 0.0, 1 / (self.batch * root))
         by_row = self.values.square().sum((0, 2))
-        return by_row.new_zeros(self.height).index_add_(0, self.rows, by_row) * scale, values.mT @ values * scale
+        heights = by_row.new_zeros(self.height).index_add_(0, self.rows, by_row)
+        return Diagonal(heights * scale), Moment(values, 1, scale)
 
     def squares(self, out: Tensor | None, fan_in: Tensor | None) -> Tensor:
         if out is not None and out.ndim == 2:
@@ -89,6 +90,9 @@ class RowColumns(Columns):
     def combined(self, weights: Tensor) -> "RowColumns":
         weighted = weights.to(self.values.dtype)[:, self.samples, None] * self.values
         return replace(self, values=weighted.sum(0, keepdim=True))
+
+    def multiplied(self, scale: Tensor) -> "RowColumns":
+        return replace(self, values=self.values * scale.to(self.values.dtype)[self.samples, None])
 
     def first(self, count: int) -> "RowColumns":
         return replace(self, values=self.values[:count])
@@ -113,7 +117,7 @@ class RowColumns(Columns):
     def _sides(self, inverse: Inverse) -> tuple[Tensor, Tensor] | None:
         """``M^-1`` times the values, and what they are multiplied by, if ``M`` does not mix the rows; else ``None``."""
         assert isinstance(inverse, Separable | Rotated)
-        if inverse.out is not None and inverse.out.ndim == 2:
+        if isinstance(inverse.out, LowRank) or (inverse.out is not None and inverse.out.ndim == 2):
             return None
         if isinstance(inverse, Rotated):
             values = times(self.values, inverse.fan_in)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bellman import BlockTerms, StagePolicy, backward_pass, size
+from .bellman import BlockPolicy, BlockTerms, StagePolicy, backward_pass, size
 from .columns import Columns, DenseColumns, over_uses
 from .coupling import Coupling, is_joint, relinearises
 from .curvature import Curvature
@@ -195,8 +195,7 @@ def closed_loop(task: Task) -> Outcome:
 
     def apply(stage: Stage, policy: StagePolicy, weights: Tensor) -> None:
         for (block, _), part in zip(blocks[stage], policy.blocks, strict=True):
-            control, velocity = part.move(weights)
-            _write(block, control)
+            velocity = _move(block, part, weights)
             outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
         k_weights, predicted = policy.policy.k_weights, policies[stage].policy.predicted
         outcome.figures[stage.name] = partial(_figures, policy.gram, k_weights, weights, predicted)
@@ -209,6 +208,8 @@ def closed_loop(task: Task) -> Outcome:
         return met(task.recorder, linearised, layer, own, policies[stage], args, kwargs)
 
     if task.recorder is not None:
+        if not relinearises(task.coupling):
+            _let_go(task.network, linearised)
         moving = {stage: [block for block, _ in blocks[stage]] for stage in policies}
         at_state = meet if relinearises(task.coupling) else None
         output = forward_pass(task.recorder, whole, moving, policies, apply, later, at_state)
@@ -216,6 +217,15 @@ def closed_loop(task: Task) -> Outcome:
     failed = [p.policy.failures for p in (*policies.values(), *again) if isinstance(p.policy, BatchPolicy)]
     outcome.failures = sum(failed)
     return outcome
+
+
+def _let_go(network: Network, linearised: Sequence[Linearised]) -> None:
+    """Drop gradients at outputs that have been read for the last time; those of dense layers are in their columns."""
+    kept = {layer.module for layer in network.layers if layer.rule.name == "linear"}
+    for one in linearised:
+        for run in one.recorded.runs:
+            if run.layer not in kept:
+                run.cotangents[:] = [None] * len(run.cotangents)
 
 
 def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchValue | SampleValue:
@@ -313,7 +323,9 @@ def _name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> N
 
 def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
     state, velocity = task.own_state(block)
-    return BlockTerms(columns, _wide(matrix_of(block, block.parameters)), velocity, *task.settings(block), state)
+    lr, decay, momentum = task.settings(block)
+    control = _wide(matrix_of(block, block.parameters)) if decay else None
+    return BlockTerms(columns, control, velocity, lr, decay, momentum, state)
 
 
 def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) -> None:
@@ -323,8 +335,7 @@ def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) ->
     value = _value(task.coupling, one, 1, 1.0)
     (policy,) = backward_pass([[terms]], value, task.curvature.without_factors(), 1, feedback=task.feedback)
     (part,) = policy.blocks
-    control, velocity = part.move(policy.policy.k_weights)
-    _write(block, control)
+    velocity = _move(block, part, policy.policy.k_weights)
     outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
 
 
@@ -353,6 +364,15 @@ def _with_velocity(state: State, velocity: Tensor | None) -> State:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _move(block: Block, part: BlockPolicy, weights: Tensor) -> Tensor | None:
+    sides = block.sides()
+    if all(side.data_ptr() == p.data_ptr() for side, p in zip(sides, block.parameters, strict=True)):
+        return part.move_(sides, weights)
+    velocity = part.move_(sides, weights)
+    _write(block, torch.cat(sides, 1))  # a parameter that is no view of its matrix, channels_last say
+    return velocity
 
 
 def _write(block: Block, matrix: Tensor) -> None:

@@ -23,6 +23,8 @@ class Transaction:
             is the fault of a number that is not finite if it says so itself, or if it is no :class:`StepError` and
             these hold such a number (a factorisation gives up, or the model refuses its input): it leaves as a
             :class:`NonFiniteError` that names the first layer concerned, or the parameter.
+        room: where the values on entry are kept from step to step: asking the system for it anew takes longer than
+            copying.
     """
 
     def __init__(
@@ -31,15 +33,20 @@ class Transaction:
         model: nn.Module | None,
         passes: Sequence[Pass],
         gradients: Mapping[nn.Parameter, Tensor],
+        room: list[Tensor],
     ):
         self._parameters = parameters
         self._model = model
         self._passes = passes
         self._gradients = gradients
-        self._before: list[Tensor] = []
+        self._before = room
 
     def __enter__(self) -> "Transaction":
-        self._before = [p.detach().clone() for p in self._parameters.values()]
+        now = [p.detach() for p in self._parameters.values()]
+        if len(self._before) == len(now) and all(map(_alike, self._before, now)):
+            torch._foreach_copy_(self._before, now) if now else None
+        else:
+            self._before[:] = [p.clone() for p in now]
         return self
 
     def __exit__(
@@ -49,7 +56,6 @@ class Transaction:
             with torch.no_grad():
                 for parameter, before in zip(self._parameters.values(), self._before, strict=True):
                     parameter.copy_(before)
-        self._before = []
         of_numbers = isinstance(error, NonFiniteError)
         if not isinstance(error, Exception) or (isinstance(error, StepError) and not of_numbers):
             return
@@ -69,16 +75,22 @@ class Transaction:
         )
         return next((f"the gradient of {name} is not finite" for name in spoiled), None)
 
-    def check(self, states: Mapping[nn.Parameter, State]) -> None:
-        """Raise :class:`NonFiniteError`, naming the parameter, unless new weights and new states are finite."""
+    def check(self, states: Mapping[nn.Parameter, State], before: Mapping[Tensor, State]) -> None:
+        """Raise :class:`NonFiniteError`, naming the parameter, unless weights and what is new in states are finite."""
         weights = [p.detach() for p in self._parameters.values()]
-        if all_finite([*weights, *(t for state in states.values() for t in _tensors(state))]):
+        new = [t for p, state in states.items() for t in _tensors(state, before.get(p, {}))]
+        if all_finite([*weights, *new]):
             return
         for name, parameter in self._parameters.items():
-            for what, tensors in (("update", [parameter.detach()]), ("curvature", _tensors(states.get(parameter, {})))):
+            curvature = _tensors(states.get(parameter, {}), {})
+            for what, tensors in (("update", [parameter.detach()]), ("curvature", curvature)):
                 if not all_finite(tensors):
                     raise NonFiniteError(f"the {what} of {name} is not finite")
 
 
-def _tensors(state: State) -> list[Tensor]:
-    return [value for value in state.values() if isinstance(value, Tensor)]
+def _tensors(state: State, before: State) -> list[Tensor]:
+    return [value for name, value in state.items() if isinstance(value, Tensor) and value is not before.get(name)]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device

@@ -73,3 +73,9 @@ def check_refresh(name: str, refresh_every: int) -> None:
     """Raise ``ValueError`` unless ``refresh_every`` is an integer >= 1."""
     if not isinstance(refresh_every, int) or refresh_every < 1:
         raise ValueError(f"{name}: refresh_every must be an integer >= 1 (steps), got {refresh_every!r}")
+
+
+def check_count(name: str, option: str, count: int | None, unit: str) -> None:
+    """Raise ``ValueError`` unless ``count`` is ``None`` or an integer >= 1."""
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"{name}: {option} must be an integer >= 1 ({unit}) or None, got {count!r}")

@@ -10,7 +10,7 @@ from ..columns import Columns
 from ..inverse import Inverse, Rotated
 from .adaptive import Adaptive
 from .base import Curvature, State, check_beta, check_damping, check_refresh
-from .kronecker import averaged
+from .factor import averaged
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,20 @@ class EigenKronecker(Curvature):
 
     def advance(self, state: State, columns: Columns | None, gradient: Callable[[], Tensor], ridge: float) -> State:
         assert columns is not None
-        new = averaged(state, columns, self.beta)
+        new = self._averaged(state, columns)
         if (new["step"] - 1) % self.refresh_every == 0:
             new = self._refreshed(new)
         squares = columns.squares(new.get("S_basis"), new.get("A_basis"))
         past = min(self.beta, 1 - 1 / new["step"])
         return {**new, "E": past * new["E"] + (1 - past) * squares if "E" in new else squares}
+
+    def _averaged(self, state: State, columns: Columns) -> State:
+        step = state.get("step", 0) + 1
+        past = min(self.beta, 1 - 1 / step)
+        new = {**state, "step": step}
+        for name, moment in zip(("S", "A"), columns.moments(), strict=True):
+            new |= averaged(state, name, moment, past, None)
+        return new
 
     def _refreshed(self, state: State) -> State:
         bases: State = {}

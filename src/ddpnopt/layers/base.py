@@ -38,6 +38,10 @@ class Block:
         rows = [len(p) if p.ndim else 1 for p in self.parameters]
         return rows[0], sum(p.numel() // max(out, 1) for p, out in zip(self.parameters, rows, strict=True))
 
+    def sides(self) -> list[Tensor]:
+        """The parameters themselves as matrices ``[out, n]``, side by side the block's: writing moves them."""
+        return [_as_matrix(parameter.detach()) for parameter in self.parameters]
+
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of :meth:`matrix`."""
         widths = [_as_matrix(parameter).shape[1] for parameter in self.parameters]
@@ -48,7 +52,7 @@ class Block:
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
-    return tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
 
 
 @dataclass(frozen=True)

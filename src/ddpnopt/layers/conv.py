@@ -91,7 +91,7 @@ def _weight_gradients(module: Convolution | Transposed, x: Tensor, v: Tensor, pa
             (False, True, False),
         )
         gradients.append(gradient.reshape(batch, rows, -1))
-    return torch.stack(gradients)
+    return gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)
 
 
 def _output_padding(module: Convolution | Transposed, x: Tensor, v: Tensor) -> tuple[int, ...]:
