@@ -150,3 +150,17 @@ def test_a_search_that_another_command_ends_meanwhile_is_the_same(
     monkeypatch.setattr(optuna.Study, "ask", meanwhile)
     assert search.search(store.address, "toy", CODES, toy.GRIDS, score) == DirectLab({}).search(toy.GRIDS, score)
     assert {state for some in trials(store.address).values() for _, state, _, _ in some} == {"COMPLETE"}
+
+
+def test_a_trial_that_another_command_tells_in_the_same_moment_is_told(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell = optuna.Study.tell
+
+    def told_before(*arguments: Any, **options: Any) -> None:
+        tell(*arguments, **options)
+        raise optuna.exceptions.UpdateFinishedTrialError
+
+    monkeypatch.setattr(optuna.Study, "tell", told_before)
+    assert search.search(store.address, "toy", CODES, toy.GRIDS, score) == DirectLab({}).search(toy.GRIDS, score)
+    assert {state for some in trials(store.address).values() for _, state, _, _ in some} == {"COMPLETE"}

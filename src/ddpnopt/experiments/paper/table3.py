@@ -128,7 +128,7 @@ def _family(entry: Entry) -> Family | None:
 def _verdicts(found: Sequence[Row], form: Form) -> Iterator[Verdict]:
     """The two claims about accuracy, by the rules that :func:`_text` states."""
     judged = [row for row in found if row.effort.seeds >= LEAST_SEEDS]
-    left = ", ".join(title(row.problem) for row in found if row not in judged)
+    left = "; ".join(title(row.problem) for row in found if row not in judged)
     families: tuple[tuple[str, Family], ...] = ((CLAIMS[0], "control"), (CLAIMS[1], "standard"))
     for claim, family in families:
         compared = [(row, difference(representative(row, form), strongest(row, family))) for row in judged]

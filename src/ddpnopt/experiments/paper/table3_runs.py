@@ -49,7 +49,7 @@ FULL: Plan = {
     "iris-fcn": Effort(8, 2, 10, 160),
     "digits-fcn": Effort(8, 2, 10, 400),
     **dict.fromkeys(_PICTURES, Effort(4, 1, 10, 500)),
-    "mnist-cnn": Effort(4, 1, 3, 25),
+    **dict.fromkeys(("mnist-cnn", "cifar10-cnn"), Effort(4, 1, 3, 25)),
 }
 UNCUT: Plan = {
     **{name: FULL[name] for name in ("wine-fcn", "iris-fcn", "digits-fcn")},

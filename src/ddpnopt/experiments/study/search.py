@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import optuna
@@ -58,7 +58,8 @@ def search(address: str, name: str, version: Any, grids: Mapping[str, Grid], val
         found = values(asked)
         for study, number, place in trials:
             told = {"state": TrialState.FAIL} if math.isnan(found[place]) else {"values": found[place]}
-            study.tell(number, **told, skip_if_finished=True)
+            with suppress(UpdateFinishedTrialError):  # as below; told between Optuna's look and its writing
+                study.tell(number, **told, skip_if_finished=True)
     return best(asked, found)
 
 
@@ -83,10 +84,17 @@ def _open(address: str) -> Iterator[RDBStorage]:
 
 def _ask(study: optuna.Study, search: str, grid: Grid) -> dict[int, int]:
     """Place of each trial's combination in the grid, by the trial's number; asks for those never asked for."""
-    places = combinations(grid)
     if any(len(set(values)) < len(values) for values in grid.values()):
         raise ValueError(f"the grid of {search} names a value twice: {dict(grid)}; name it once")
-    known: dict[int, int] = {}
+    while True:
+        try:
+            return _places(study, grid)
+        except UpdateFinishedTrialError:  # the same command, given twice, has told it meanwhile: look again
+            continue
+
+
+def _places(study: optuna.Study, grid: Grid) -> dict[int, int]:
+    places, known = combinations(grid), dict[int, int]()
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.RUNNING:  # asked for, perhaps not in full, by a process that was then killed
             known[trial.number] = places.index(_suggest(Trial(study, trial._trial_id), grid))
@@ -99,7 +107,4 @@ def _ask(study: optuna.Study, search: str, grid: Grid) -> dict[int, int]:
 
 
 def _suggest(trial: Trial, grid: Grid) -> Params:
-    try:
-        return {name: trial.suggest_float(name, min(values), max(values)) for name, values in grid.items()}
-    except UpdateFinishedTrialError:  # the same command, given twice, has told it meanwhile
-        return trial.study.trials[trial.number].params
+    return {name: trial.suggest_float(name, min(values), max(values)) for name, values in grid.items()}
