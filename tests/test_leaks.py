@@ -94,7 +94,7 @@ def test_a_thousand_steps_every_tenth_of_which_fails(form: str) -> None:
             training.optimizer.zero_grad()
             before, memory = live(), resident()
     training.optimizer.zero_grad()
-    assert live() == before
+    assert live() <= before
     assert resident() - memory < 16 << 20
 
 

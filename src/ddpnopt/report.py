@@ -55,6 +55,7 @@ class Report:
 
     curvature: str
     coupling: str
+    feedback: str
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
@@ -73,7 +74,9 @@ class Report:
             for row in (head, *cells)
         ]
         remedies = [f"{row.name}: {row.remedy}" for row in self.rows if row.remedy]
-        return "\n".join([f"coupling {self.coupling}, curvature {self.curvature}", *lines, HELD, *remedies])
+        return "\n".join(
+            [f"coupling {self.coupling}, curvature {self.curvature}, feedback {self.feedback}", *lines, HELD, *remedies]
+        )
 
 
 def describe(
@@ -83,6 +86,7 @@ def describe(
     names: Mapping[nn.Parameter, str],
     frozen: Mapping[str, nn.Parameter],
     *,
+    feedback: str,
     columns: bool,
 ) -> Report:
     """The report of a network under a curvature.
@@ -92,6 +96,7 @@ def describe(
         curvature, coupling: the optimizer's.
         names: of loose parameters; those that have none keep the network's.
         frozen: parameters that are not trained, by name.
+        feedback: whether stages answer to deviations, in words.
         columns: whether the optimizer forms columns at all; plain SGD and RMSprop need none.
     """
     rows = [_of_layer(layer, curvature, columns=columns) for layer in network.layers if layer.blocks]
@@ -106,7 +111,7 @@ def describe(
     rows += [
         Row(name, "parameter", p.numel(), "none", FROZEN, "", 0, 0, REMEDIES[FROZEN]) for name, p in frozen.items()
     ]
-    return Report(repr(curvature), coupling, tuple(rows))
+    return Report(repr(curvature), coupling, feedback, tuple(rows))
 
 
 def _of_layer(layer: Layer, curvature: Curvature, *, columns: bool) -> Row:

@@ -19,7 +19,7 @@ from .curvature import Curvature
 from .curvature.base import State
 from .dense import Dense, sweep
 from .joined import joined
-from .layers import Block
+from .layers import Block, mixes_samples
 from .linearise import Linearised, TerminalValue, columns_of, linearise
 from .network import Layer, Network, Stage, Tied, matrix_of
 from .passes import Pass, floating
@@ -95,6 +95,10 @@ class Task:
         if any(p not in self.gradients for p in block.parameters):
             return None
         return _wide(matrix_of(block, [self.gradients[p] for p in block.parameters]))
+
+    def answers(self) -> bool:
+        """Whether stages answer to deviations: while samples are mixed, columns are not those of single samples."""
+        return self.feedback and (self.recorder is None or not any(map(mixes_samples, self.recorder.model.modules())))
 
     def blocks(self) -> list[Block]:
         """All there are."""
@@ -183,7 +187,7 @@ def closed_loop(task: Task) -> Outcome:
             terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
             swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.feedback)
             policies = dict(zip(blocks, swept, strict=True))
-    whole = joined(linearised) if task.feedback and len(policies) > 1 else None
+    whole = joined(linearised) if len(policies) > 1 and task.answers() else None
     later = _later(task, linearised, blocks) if whole is not None else {}
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
     _name_the_silent(task, read, outcome)

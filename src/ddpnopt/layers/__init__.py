@@ -9,7 +9,7 @@ from .embedding import EmbeddingBagRule, EmbeddingRule
 from .generic import GenericRule
 from .layout import Layout, is_batch
 from .linear import LinearRule
-from .norm import NormRule
+from .norm import NormRule, mixes_samples
 from .recurrent import CellRule, RecurrentRule
 
 _RULES: dict[type[nn.Module], LayerRule] = {
@@ -40,4 +40,4 @@ def rule_for(module: nn.Module) -> LayerRule:
     return _RULES.get(type(module), _GENERIC)
 
 
-__all__ = ["Block", "Call", "LayerRule", "Layout", "is_batch", "rule_for"]
+__all__ = ["Block", "Call", "LayerRule", "Layout", "is_batch", "mixes_samples", "rule_for"]

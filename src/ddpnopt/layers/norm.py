@@ -43,6 +43,11 @@ class NormRule(LayerRule):
         return [DenseColumns(of[block.names[0]]().flatten(2).view(*v.shape[:2], *_shape(block))) for block in blocks]
 
 
+def mixes_samples(module: nn.Module) -> bool:
+    """Whether a module normalises by the statistics of the present batch, so that no sample's output is its own."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
 def normalised(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The input before scale and shift, as the forward pass saw it, in ``dtype``."""
     if isinstance(module, nn.RMSNorm):
@@ -54,7 +59,7 @@ def normalised(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, module.num_groups, eps=module.eps)
     assert isinstance(module, _BatchNorm | _InstanceNorm)
-    own = module.training or module.running_mean is None
+    own = module.training or module.running_mean is None  # of the batch, or of each sample
     mean, var = (None, None) if own else (module.running_mean, module.running_var)
     if isinstance(module, _InstanceNorm):
         return F.instance_norm(x, mean, var, use_input_stats=own, eps=module.eps)
