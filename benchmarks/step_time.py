@@ -9,7 +9,6 @@ machine shared with other work disturbs less than the clock on the wall. Memory 
 """
 
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -253,20 +252,20 @@ depth (batch {BATCH}).
 """
 
 
-def resident() -> int:
-    """Bytes of the process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def memory_of(entry: str) -> int:
+    """``VmRSS``, what this process has in memory, or ``VmHWM``, the most it ever had, in bytes."""
+    status = Path("/proc/self/status").read_text()  # getrusage counts in the parent that this was forked from
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{entry}:")))
 
 
 def peak_of(network: str, optimizer: str, form: str) -> int:
     """How far this process's memory grows above what it was before the model was built, in bytes."""
     nn.Linear(8, 8)(torch.randn(4, 8)).sum().backward()  # what torch loads at first use
-    before = resident()
+    before = memory_of("VmRSS")
     step = step_of(NETWORKS[network], optimizer, form, MEMORY_BATCH, different=1)
     for _ in range(BLOCK + 2):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return memory_of("VmHWM") - before
 
 
 def memory(networks: Sequence[str]) -> str:
