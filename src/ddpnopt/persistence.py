@@ -4,7 +4,7 @@ As hooks of torch's own saving and loading, nearest to it, so that a user's hook
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -79,7 +79,7 @@ def check_fits(state_dict: StateDict, groups: Iterable[Mapping[str, Any]], block
             continue  # the block was of other parameters; the step starts its state anew
         out, fan_in = block.shape
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim and tuple(value.shape) not in _shapes(key, out, fan_in):
+            if isinstance(value, Tensor) and value.ndim and not _fits(key, value.shape, out, fan_in):
                 raise ValueError(
                     f"the saved state of {name} does not fit: {key!r} has shape {tuple(value.shape)}, and this "
                     f"parameter's block is {out} x {fan_in}. Load the state of an optimizer of the same model"
@@ -99,7 +99,16 @@ def keep_precision(state_dict: StateDict, groups: Iterable[Mapping[str, Any]], s
             state[parameter][name] = kept
 
 
-def _shapes(key: str, out: int, fan_in: int) -> list[tuple[int, ...]]:
-    """Those a state's tensor may have: ``S...`` and ``A...`` are of one side (wide ones a diagonal), others of both."""
+def _fits(key: str, shape: Sequence[int], out: int, fan_in: int) -> bool:
+    """Whether a state's tensor may have this shape: ``S...`` and ``A...`` are of one side, others of both.
+
+    A side is a matrix, its diagonal, or some of its directions (a basis) and a number for each.
+    """
     side = {"S": out, "A": fan_in}.get(key[0])
-    return [(out, fan_in)] if side is None else [(side, side), (side,)]
+    if side is None:
+        return tuple(shape) == (out, fan_in)
+    if key.endswith("_basis"):
+        return len(shape) == 2 and shape[0] == side >= shape[1]
+    if key.endswith(("_values", "_weights")):
+        return len(shape) == 1 and shape[0] <= side
+    return tuple(shape) in ((side, side), (side,))

@@ -59,7 +59,7 @@ def test_the_training_loss_falls(name: str, optimizer: str, tmp_path: Path) -> N
 
 def test_the_cheapest_form_reaches_a_tiny_error(tmp_path: Path) -> None:
     found = [float(loss) for loss in re.findall(r"loss (\S+),", run("closure.py", folder=tmp_path))]
-    assert found[-1] < 1e-4 < found[0]
+    assert found[-1] < 1e-3 < 100e-3 < found[0]
 
 
 def test_no_example_is_left_out() -> None:
