@@ -22,7 +22,7 @@ from torch.optim import LBFGS, SGD, Optimizer
 
 NOT_YET = {
     "clipping_reaches": "by design: the layers' steps come from columns, not from .grad",
-    "data_parallel": "each process steps by its own columns: nothing is reduced, and the processes drift apart",
+    "data_parallel": "refused: columns do not travel between processes yet",
     "compiled": "refused: hooks inside a compiled model stay silent",
 }
 

@@ -17,7 +17,16 @@ from .errors import NonFiniteError, StepError
 from .evaluation import check_evaluated, evaluate
 from .layers import mixes_samples
 from .network import Network, is_chain, read_network
-from .options import OnNonfinite, check_chain, check_group, check_numbers, check_options, check_stages, named
+from .options import (
+    OnNonfinite,
+    check_alone,
+    check_chain,
+    check_group,
+    check_numbers,
+    check_options,
+    check_stages,
+    named,
+)
 from .persistence import loading, saving
 from .report import Report, describe
 from .scaling import found_scale, told_scale
@@ -198,6 +207,8 @@ class DDPNOpt(torch.optim.Optimizer):
             raise StepError("this optimizer was closed; make a new one to go on training")
         for group in self.param_groups:
             check_numbers(group)
+        if self.model is not None and not (self._is_base and not self.curvature.needs_columns):
+            check_alone()
         self._refresh_network()
         try:
             if bool(getattr(self, "found_inf", False)):  # a GradScaler's word

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .coupling import Batch, Coupling, relinearises
 from .curvature import Curvature
 from .dense import Dense, chain_of
+from .errors import StepError
 from .terminal import Terminal
 
 OnNonfinite = Literal["raise", "skip"]
@@ -64,6 +65,17 @@ def check_stages(coupling: Coupling, stages: object) -> None:
     """Raise ``ValueError`` if ``stages`` are given to a coupling of which every layer is a stage."""
     if stages is not None and (isinstance(coupling, Dense) or relinearises(coupling)):
         raise ValueError(f"stages: coupling={coupling!r} makes every layer a stage; leave stages out, or use 'batch'")
+
+
+def check_alone() -> None:
+    """Raise :class:`StepError` in a process group of several ranks, between which columns would have to travel."""
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if (ranks := torch.distributed.get_world_size() if group else 1) > 1:
+        raise StepError(
+            f"this process group has {ranks} ranks, and DDPNOpt does not exchange columns between them yet: their "
+            "weights would drift apart. Train in one process, or with coupling='sample', feedback=False and "
+            "Identity() or Adaptive(), which read .grad alone"
+        )
 
 
 def check_options(
