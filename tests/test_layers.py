@@ -220,7 +220,30 @@ def test_a_shared_parameter_gets_the_gradient_of_both_owners(form: str) -> None:
     assert "shared" in row.why
 
 
-def test_dropout_masks_and_batch_statistics_are_those_of_the_first_pass() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_moves_open_loop_while_it_mixes_the_samples(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step() -> tuple[list[Tensor], int, str]:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+        model[1].train(training)
+        calls: list[nn.Module] = []
+        model[0].register_forward_hook(lambda module, *_: calls.append(module))
+        optimizer = DDPNOpt(model, 1.0, curvature=Identity())
+        x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        return [p.detach() for p in model.parameters()], len(calls), str(optimizer.report())
+
+    own, calls, report = step()
+    monkeypatch.setattr("ddpnopt.steps.joined", lambda _: None)  # no second pass
+    without, once, _ = step()
+    assert once == 1
+    assert calls == (1 if training else 2)
+    assert ("open loop while 1 mixes the samples" in report) == training
+    assert all(map(torch.equal, own, without)) == training
+
+
+def test_dropout_masks_are_those_of_the_first_pass_and_statistics_move_once() -> None:
     seen: list[Tensor] = []
 
     class Spy(nn.Module):
@@ -228,18 +251,19 @@ def test_dropout_masks_and_batch_statistics_are_those_of_the_first_pass() -> Non
             seen.append(x.detach() == 0)
             return x
 
-    model = nn.Sequential(nn.Linear(4, 50), nn.BatchNorm1d(50), nn.Dropout(0.5), Spy(), nn.Linear(50, 3))
+    # its statistics are each sample's own: there is a second pass, unlike with BatchNorm
+    norm = nn.InstanceNorm1d(5, track_running_stats=True)
+    model = nn.Sequential(
+        nn.Linear(4, 50), nn.Unflatten(1, (5, 10)), norm, nn.Flatten(), nn.Dropout(0.5), Spy(), nn.Linear(50, 3)
+    )
     x, y = torch.randn(6, 4), torch.randint(3, (6,))
     optimizer = DDPNOpt(model)
     nn.functional.cross_entropy(model(x), y).backward()
-    norm = model[1]
-    assert isinstance(norm, nn.BatchNorm1d)
     assert norm.running_mean is not None
     torch.rand(7)  # what the loop draws in between must not be drawn again
     counted, before_step = norm.running_mean.clone(), torch.get_rng_state()
     optimizer.step()
     assert torch.equal(norm.running_mean, counted)
-    assert int(norm.num_batches_tracked or 0) == 1
     assert torch.equal(torch.get_rng_state(), before_step)
     assert len(seen) == 2
     assert torch.equal(*seen)
