@@ -1,10 +1,11 @@
-"""What BatchNorm's coupling of the samples costs: one step of DDPNOpt against the exact joint step in dense algebra.
+"""What BatchNorm's coupling of the samples costs: one step against the exact joint step, and whole trainings.
 
     python benchmarks/batch_norm.py
 
 Writes docs/results/batch_norm.md. In training mode BatchNorm makes every sample's output depend on all inputs, while
-the columns are taken as if sample b's column lived in sample b only. The exact step comes from ``ddpnopt.reference``:
-the state is the whole batch as one vector, and the dynamics mix its samples. Everything is in float64.
+the columns are taken as if sample b's column lived in sample b only; feedback is then off. The exact step comes
+from ``ddpnopt.reference``: the state is the whole batch as one vector, the dynamics mix its samples, and its policies
+are followed closed loop, in float64. The trainings are on DIGITS, in float32.
 """
 
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -24,18 +25,20 @@ from _training import RESULTS
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ddpnopt import DDPNOpt, Identity, reference
+from ddpnopt import DDPNOpt, Identity, StepError, reference
+from ddpnopt.experiments.data import Dataset, load
 from ddpnopt.experiments.environment import version
 from ddpnopt.experiments.files import write_atomic
 from ddpnopt.reference import step as dense
 
 CRITERION = nn.CrossEntropyLoss()
 INPUTS, WIDTH, CLASSES = 4, 6, 3
+HIDDEN, BATCH = 32, 16  # of the trainings
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """One step of DDPNOpt on a small network with BatchNorm against the exact joint step."""
+    """One step of DDPNOpt on a small network with BatchNorm against the exact joint step, and trainings with it."""
 
     batches: tuple[int, ...] = (8, 32, 64)
     """Batch sizes."""
@@ -45,6 +48,15 @@ class Arguments:
 
     seeds: int = 5
     """Networks and batches of each kind."""
+
+    train_lrs: tuple[float, ...] = (0.1, 1.0, 10.0)
+    """Learning rates of the trainings."""
+
+    train_seeds: int = 3
+    """Trainings of each kind."""
+
+    epochs: int = 5
+    """Length of a training."""
 
     out: Path = RESULTS
     """Folder of the page."""
@@ -128,6 +140,37 @@ def difference(seed: int, count: int, lr: float, *, training: bool) -> Differenc
     return Difference(float((ours - exact).norm() / exact.norm()), cosine, float((before - after) / (before - best)))
 
 
+def trained(dataset: Dataset, seed: int, lr: float, epochs: int) -> float | None:
+    """Test accuracy in percent after a training with BatchNorm in every hidden layer; ``None`` if a step failed."""
+    torch.manual_seed(seed)
+    widths = (dataset.train.x[0].numel(), HIDDEN, HIDDEN)
+    hidden = [(nn.Linear(i, o), nn.BatchNorm1d(o), nn.Tanh()) for i, o in pairwise(widths)]
+    model = nn.Sequential(*(module for layer in hidden for module in layer), nn.Linear(HIDDEN, dataset.source.classes))
+    optimizer = DDPNOpt(model, lr)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(dataset.train.x)).split(BATCH):
+            if len(batch) < BATCH:
+                continue  # a batch of one sample has no statistics
+            optimizer.zero_grad()
+            CRITERION(model(dataset.train.x[batch]), dataset.train.y[batch]).backward()
+            try:
+                optimizer.step()
+            except StepError:
+                return None
+    with torch.no_grad():
+        right = model.eval()(dataset.test.x).argmax(1) == dataset.test.y
+    return 100 * float(right.float().mean())
+
+
+def trainings(arguments: Arguments) -> str:
+    """Test accuracy by learning rate."""
+    dataset, rows = load("digits"), []
+    for lr in arguments.train_lrs:
+        found = [trained(dataset, seed, lr, arguments.epochs) for seed in range(arguments.train_seeds)]
+        rows.append([f"{lr:g}", *("failed" if accuracy is None else f"{accuracy:.1f}" for accuracy in found)])
+    return table(["lr", *(f"seed {seed}" for seed in range(arguments.train_seeds))], rows)
+
+
 def page(arguments: Arguments) -> str:
     """Measure, and lay the figures out."""
     began = time.perf_counter()
@@ -145,17 +188,27 @@ def page(arguments: Arguments) -> str:
     return f"""# BatchNorm in training mode against the exact joint step
 
 BatchNorm makes each sample's output depend on the whole batch; the columns are taken as if sample b's column lived in
-sample b only ([derivations](../derivations.md#batchnorm-in-training-mode)). Here one step on {INPUTS}-{WIDTH}-{CLASSES}
-with BatchNorm before Tanh is compared with dense DDP on the joint state, whose dynamics do mix the samples:
+sample b only, and feedback is off
+([derivations](../derivations.md#batchnorm-in-training-mode)). Here one step on {INPUTS}-{WIDTH}-{CLASSES}
+with BatchNorm before Tanh is compared with dense DDP on the joint state, closed loop, whose dynamics do mix the
+samples:
 `Identity()`, `Gradient()`, coupling `"batch"`, float64, random inputs and labels, {plural(arguments.seeds, "seed")}.
 Error: length of the difference of the two updates over the length of the exact one, median and largest over the seeds.
 Cosine between the two updates, and decrease of the loss over that of the exact step: medians.
 
 {table(header, rows)}
 
-With BatchNorm in evaluation mode, which mixes nothing, the largest error over all rows is {max(control):.0e}.
+With BatchNorm in evaluation mode, which mixes nothing, the largest error over all rows is {max(control):.0e}:
+feedback is back then.
 
-Command: `{command("batch_norm.py", arguments, ("batches", "lrs", "seeds"))}`
+## Training with it
+
+Test accuracy in percent on DIGITS of a dense network with two hidden layers of {HIDDEN}, BatchNorm before each Tanh,
+after {plural(arguments.epochs, "epoch")} of batches of {BATCH}; default settings but for the learning rate.
+
+{trainings(arguments)}
+
+Command: `{command("batch_norm.py", arguments, ("batches", "lrs", "seeds", "train_lrs", "train_seeds", "epochs"))}`
 ({duration(time.perf_counter() - began)}), {software}.
 """
 

@@ -3,7 +3,7 @@
 Run:  python examples/mixed_precision.py [--optimizer adamw] [--dtype float16]
 
 What to expect: within a point of full precision for both, about 96 %. The second forward pass runs under the autocast
-of the first. With a GradScaler leave ``scaler.unscale_`` out: what DDPNOpt reads carries the scale, and it says so.
+of the first. ``scaler.unscale_`` may stand before ``scaler.step``; a clip then counts as a factor of the loss.
 """
 
 import torch

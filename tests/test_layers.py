@@ -220,6 +220,28 @@ def test_a_shared_parameter_gets_the_gradient_of_both_owners(form: str) -> None:
     assert "shared" in row.why
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_no_layer_sees_another_while_batch_norm_mixes_the_samples(training: bool) -> None:
+    def step(feedback: bool) -> tuple[list[Tensor], int, str]:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+        model[1].train(training)
+        calls: list[nn.Module] = []
+        model[0].register_forward_hook(lambda module, *_: calls.append(module))
+        optimizer = DDPNOpt(model, 1.0, curvature=Identity(), feedback=feedback)
+        x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        return [p.detach() for p in model.parameters()], len(calls), str(optimizer.report()).splitlines()[0]
+
+    own, calls, head = step(feedback=True)
+    without, once, _ = step(feedback=False)
+    assert once == 1
+    assert calls == (1 if training else 2)
+    assert head.endswith("off while 1 takes its statistics from the batch" if training else "feedback on")
+    assert all(map(torch.equal, own, without)) == training
+
+
 class Statistics(nn.Module):
     """Keeps statistics, as BatchNorm does, and does not mix the samples by them."""
 

@@ -57,8 +57,8 @@ class DDPNOpt(torch.optim.Optimizer):
             for a small ``nn.Sequential``; ``Batch(relinearise=True)``, the joint problem solved again, stage by
             stage, at the state that the second forward pass meets.
         feedback: ``False`` sets ``Q_ux = 0`` in both passes: no layer sees another. With ``coupling="sample"`` this is
-            SGD, RMSprop or EKFAC, by the curvature. While a BatchNorm takes its statistics from the batch, policies
-            move open loop, without a second forward pass; :meth:`report` says so.
+            SGD, RMSprop or EKFAC, by the curvature. It is also off
+            while a BatchNorm takes its statistics from the batch, which :meth:`report` says.
         momentum: weight of the last update, as a drift the policy takes into account; default 0.
         weight_decay: ``gamma`` of the stage cost ``gamma / 2 |u|^2`` per layer; default 0.
         stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
@@ -150,8 +150,8 @@ class DDPNOpt(torch.optim.Optimizer):
         names = {parameter: name for name, parameter in self._names.items()}
         columns = not self._is_base or self.curvature.needs_columns
         mixing = [n for n, m in self.model.named_modules() if mixes_samples(m)] if self.model is not None else []
-        open_loop = f"on, but open loop while {mixing[0]} mixes the samples of a batch" if mixing else "on"
-        feedback = open_loop if self.feedback else "off"
+        on = f"off while {mixing[0]} takes its statistics from the batch" if mixing else "on"
+        feedback = on if self.feedback else "off"
         return describe(
             self._network, self.curvature, str(self.coupling), names, frozen, feedback=feedback, columns=columns
         )

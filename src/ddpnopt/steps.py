@@ -96,8 +96,8 @@ class Task:
             return None
         return _wide(matrix_of(block, [self.gradients[p] for p in block.parameters]))
 
-    def answers(self) -> bool:
-        """Whether stages answer to deviations: while samples are mixed, columns are not those of single samples."""
+    def coupled(self) -> bool:
+        """Whether layers see one another: while samples are mixed, columns are not those of single samples."""
         return self.feedback and (self.recorder is None or not any(map(mixes_samples, self.recorder.model.modules())))
 
     def blocks(self) -> list[Block]:
@@ -185,9 +185,9 @@ def closed_loop(task: Task) -> Outcome:
             blocks = _blocks_by_stage(task, linearised, outcome)
             value = _value(task.coupling, end.a, end.curved, end.weight)
             terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
-            swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.feedback)
+            swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.coupled())
             policies = dict(zip(blocks, swept, strict=True))
-    whole = joined(linearised) if len(policies) > 1 and task.answers() else None
+    whole = joined(linearised) if len(policies) > 1 and task.coupled() else None
     later = _later(task, linearised, blocks) if whole is not None else {}
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
     _name_the_silent(task, read, outcome)
