@@ -1,6 +1,7 @@
 """DDPNOpt against every probe of the conformance table; and every probe against something that must not pass it."""
 
 import json
+import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -119,10 +120,12 @@ class Hoarder(SGD):
 
 
 class Heavy(SGD):
-    """Keeps what no tensor holds: a megabyte a step, more than other tests may have left to be used again."""
+    """Keeps what no tensor holds, a megabyte a step, of memory that no other test can have left to be used again."""
 
     def step(self, closure: Any = None) -> Any:
-        self.hoard = [*getattr(self, "hoard", []), b"x" * 2**20]
+        page = mmap.mmap(-1, 2**20)
+        page.write(b"x" * 2**20)
+        self.hoard = [*getattr(self, "hoard", []), page]
         return super().step(closure)
 
 
