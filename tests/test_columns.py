@@ -14,8 +14,8 @@ from ddpnopt.columns import (
     ScaledColumns,
     over_batches,
     over_uses,
-    symmetric_product,
 )
+from ddpnopt.columns.base import symmetric_product
 from ddpnopt.inverse import Inverse, LowRank, Rotated, Separable, sandwich, times
 
 SHAPES = [(1, 4, 1), (3, 4, 1), (1, 4, 5), (2, 3, 2), (1, 12, 2)]  # R, B, S
@@ -113,7 +113,7 @@ def test_factors_carry_the_trace(shape: tuple[int, int, int]) -> None:
 def test_a_wide_side_keeps_its_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = outer(1, 4, 1)
     full = columns.factors()
-    monkeypatch.setattr("ddpnopt.columns.WIDEST", 4)
+    monkeypatch.setattr("ddpnopt.columns.base.WIDEST", 4)
     S, A = columns.factors()
     torch.testing.assert_close(S, full[0])
     torch.testing.assert_close(A, full[1].diagonal())
@@ -122,7 +122,7 @@ def test_a_wide_side_keeps_its_diagonal(monkeypatch: pytest.MonkeyPatch) -> None
 def test_chunks_do_not_change_the_gram(monkeypatch: pytest.MonkeyPatch) -> None:
     columns, inverse = outer(2, 4, 1), inverses()["rotated"]
     whole = columns.gram(inverse)
-    monkeypatch.setattr("ddpnopt.columns.CHUNK", 1)
+    monkeypatch.setattr("ddpnopt.columns.base.CHUNK", 1)
     torch.testing.assert_close(columns.gram(inverse), whole)
 
 
@@ -131,7 +131,7 @@ def test_blocks_do_not_change_a_symmetric_product(monkeypatch: pytest.MonkeyPatc
     right = root @ spd(5)
     whole = root @ right.T
     for rows in (1, 2, 3, 7, 8):
-        monkeypatch.setattr("ddpnopt.columns.ROWS", rows)
+        monkeypatch.setattr("ddpnopt.columns.base.ROWS", rows)
         torch.testing.assert_close(symmetric_product(root, right), whole)
 
 

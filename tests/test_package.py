@@ -16,7 +16,7 @@ CORE = sorted(p for p in ROOT.rglob("*.py") if "experiments" not in p.parts)
 
 # a module may import only what stands before it
 ORDER = [
-    "errors", "linalg", "inverse", "columns", "row_columns", "curvature", "layers", "terminal", "value", "bellman",
+    "errors", "linalg", "inverse", "columns", "curvature", "layers", "terminal", "value", "bellman",
     "network", "compiled", "conditions", "passes", "finite", "cuts", "hooks", "state", "trajectory", "linearise",
     "joined", "relinearise", "rollout", "transaction", "dense", "coupling", "steps", "evaluation", "options",
     "persistence", "scaling", "report", "optimizer",

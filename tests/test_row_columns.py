@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpnopt.columns import DenseColumns, over_batches, over_uses
+from ddpnopt.columns import DenseColumns, RowColumns, gathered, over_batches, over_uses
 from ddpnopt.inverse import Inverse, Rotated, Separable
-from ddpnopt.row_columns import RowColumns, gathered
 
 
 def of_list(R: int, B: int, S: int, height: int, width: int) -> tuple[RowColumns, DenseColumns]:
@@ -43,8 +42,8 @@ INVERSES: dict[str, Callable[[int, int], Inverse]] = {
 def test_every_answer_is_that_of_dense_columns(
     kind: str, denser: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ddpnopt.row_columns.DENSER", denser)
-    monkeypatch.setattr("ddpnopt.row_columns.CHUNK", chunk)
+    monkeypatch.setattr("ddpnopt.columns.rows.DENSER", denser)
+    monkeypatch.setattr("ddpnopt.columns.rows.CHUNK", chunk)
     for R, B, S in [(1, 4, 1), (3, 5, 4), (2, 1, 6)]:
         columns, dense = of_list(R, B, S, 7, 3)
         inverse, w, g = INVERSES[kind](7, 3), torch.randn(R, B), torch.randn(7, 3)

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..columns import Columns
-from ..row_columns import RowColumns, gathered
+from ..columns import Columns, RowColumns, gathered
 from .base import Block, Call, LayerRule, argument, only_cotangent
 
 BY_COUNT = "scale_grad_by_freq divides by the whole batch's counts: one update from the whole batch's gradient"

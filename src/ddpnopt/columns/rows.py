@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .columns import CHUNK, Columns, DenseColumns, Diagonal, Moment
-from .inverse import Inverse, LowRank, Rotated, Separable, times
+from ..inverse import Inverse, LowRank, Rotated, Separable, times
+from .base import CHUNK, Columns, Diagonal, Moment
+from .dense import DenseColumns
 
 DENSER = 16
 """How many products of a matrix multiplication cost as much as one product of gathered pairs."""

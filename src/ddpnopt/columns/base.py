@@ -1,0 +1,157 @@
+"""What all columns answer, and the Kronecker factors they give, not multiplied out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..inverse import Inverse
+
+if TYPE_CHECKING:
+    from .dense import DenseColumns
+
+CHUNK = 1 << 18
+"""Largest number of per-sample gradient entries formed at once in :meth:`OuterColumns.gram`: they stay in cache."""
+
+ROWS = 128
+"""Rows of a Gram matrix computed at once; of each only the part up to the diagonal."""
+
+WIDEST = 4096
+"""A side of a Kronecker factor above this keeps its diagonal only (an embedding's vocabulary, say)."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One Kronecker factor ``scale * rows' rows / count [side, side]``, not multiplied out; ``rows [n, side]``."""
+
+    rows: Tensor
+    count: int
+    scale: Tensor | float = 1.0
+
+    @property
+    def side(self) -> int:
+        """How wide the factor is."""
+        return self.rows.shape[1]
+
+    def matrix(self) -> Tensor:
+        """The factor; only its diagonal, as a vector, if it is wider than ``WIDEST``."""
+        wide = self.side > WIDEST
+        return (self.rows.square().sum(0) if wide else self.rows.mT @ self.rows) * self.scale / self.count
+
+    def times(self, values: Tensor) -> Tensor:
+        """The factor times ``values [side, c]``."""
+        return self.rows.mT @ ((self.rows @ values) * (self.scale / self.count))
+
+    def trace(self) -> Tensor:
+        """Its trace."""
+        return self.rows.square().sum() * self.scale / self.count
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """A Kronecker factor of which only the diagonal ``values [side]`` is kept."""
+
+    values: Tensor
+
+    def matrix(self) -> Tensor:
+        """The diagonal."""
+        return self.values
+
+
+class Columns(ABC):
+    """Parameter gradients ``U`` of the columns of one block. ``count``: R; ``batch``: B."""
+
+    count: int
+    batch: int
+
+    @abstractmethod
+    def weighted(self, weights: Tensor) -> Tensor:
+        """``U' w = sum_n w_n U_n``, ``[out, fan_in]``, for weights ``[R, B]``."""
+
+    @abstractmethod
+    def directional(self, direction: Tensor) -> Tensor:
+        """``U g``: the inner products ``<U_n, g>``, ``[R, B]``, with a direction ``[out, fan_in]``."""
+
+    @abstractmethod
+    def gram(self, inverse: Inverse) -> Tensor:
+        """``U M^-1 U'``, ``[N, N]``."""
+
+    @abstractmethod
+    def sample_gram(self, inverse: Inverse) -> Tensor:
+        """The diagonal blocks of :meth:`gram`, one per sample: ``[B, R, R]``."""
+
+    @abstractmethod
+    def solve_weighted(self, inverse: Inverse, weights: Tensor) -> Tensor:
+        """``M^-1 U' w``, ``[out, fan_in]``."""
+
+    def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float) -> None:
+        """``control += alpha * M^-1 U' w``, in place; ``control``: the matrix ``[out, fan_in]``, cut into columns."""
+        add_(control, self.solve_weighted(inverse, weights), alpha)
+
+    @abstractmethod
+    def moments(self) -> tuple[Moment | Diagonal, Moment | Diagonal]:
+        """Kronecker factors ``S [out, out]``, ``A [fan_in, fan_in]`` with ``S (x) A ~ sum_n U_n U_n' / B``."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """:meth:`moments` multiplied out; a side wider than ``WIDEST`` by its diagonal, as a vector."""
+        S, A = self.moments()
+        return S.matrix(), A.matrix()
+
+    @abstractmethod
+    def squares(self, out: Tensor | None, fan_in: Tensor | None) -> Tensor:
+        """``sum_n (Q_S' U_n Q_A)^2 / B`` elementwise, ``[out, fan_in]``, in the basis ``out = Q_S, fan_in = Q_A``."""
+
+    @abstractmethod
+    def combined(self, weights: Tensor) -> Columns:
+        """One column per sample: ``sum_r w_rb U_rb`` for weights ``[R, B]``."""
+
+    @abstractmethod
+    def multiplied(self, scale: Tensor) -> Columns:
+        """``scale_b U_rb`` for numbers ``[B]``."""
+
+    @abstractmethod
+    def first(self, count: int) -> Columns:
+        """The first ``count`` columns of every sample."""
+
+    @abstractmethod
+    def absent(self, batch: int) -> Columns:
+        """As many columns of zero per sample, for ``batch`` samples that did not use the block."""
+
+    @abstractmethod
+    def dense(self) -> DenseColumns:
+        """The same columns with the gradients formed: ``R * B * out * fan_in`` numbers."""
+
+    def added(self, others: Sequence[Columns]) -> Columns | None:
+        """The sum with the columns of other uses, ``None`` if it has no better form than the dense one."""
+        return None
+
+    def beside(self, others: Sequence[Columns]) -> Columns | None:
+        """These and then the columns of other batches, ``None`` if that has no better form than the dense one."""
+        return None
+
+
+def add_(control: Sequence[Tensor], direction: Tensor, alpha: float) -> None:
+    """``control += alpha * direction`` for a matrix ``[out, fan_in]``, cut into columns; rounded once, at the end."""
+    for part, own in zip(control, direction.split([part.shape[1] for part in control], 1), strict=True):
+        if part.dtype == own.dtype:
+            part.add_(own, alpha=alpha)
+        else:
+            part.copy_(part.to(own.dtype).add_(own, alpha=alpha))
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left right'`` for ``[n, side]`` that is known to be symmetric: for many rows half of it is computed."""
+    n = len(left)
+    if n <= ROWS:
+        return left @ right.mT
+    product = left.new_empty(n, n)
+    for start in range(0, n, ROWS):
+        end = min(start + ROWS, n)
+        torch.mm(left[start:end], right[:end].mT, out=product[start:end, :end])
+        product[:start, start:end] = product[start:end, :start].mT
+    return product
