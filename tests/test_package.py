@@ -18,8 +18,8 @@ CORE = sorted(p for p in ROOT.rglob("*.py") if "experiments" not in p.parts)
 ORDER = [
     "errors", "linalg", "inverse", "columns", "curvature", "layers", "terminal", "value", "bellman",
     "network", "compiled", "conditions", "passes", "finite", "cuts", "hooks", "state", "trajectory", "linearise",
-    "joined", "relinearise", "rollout", "transaction", "dense", "coupling", "steps", "evaluation", "options",
-    "persistence", "scaling", "report", "optimizer",
+    "joined", "relinearise", "rollout", "transaction", "dense", "coupling", "task", "reading", "steps", "evaluation",
+    "options", "persistence", "scaling", "report", "optimizer",
 ]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from cases import CURVATURES
 from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Identity, Kronecker
 from ddpnopt.columns import WIDEST, DenseColumns, OuterColumns, ScaledColumns
-from ddpnopt.steps import Task, _read
+from ddpnopt.reading import read_layer
+from ddpnopt.task import Task
 
 
 class Tied(nn.Module):
@@ -63,7 +64,7 @@ def test_the_numbers_held_are_those_of_the_columns(curvature: str, monkeypatch: 
     held: dict[str, int] = {}
 
     def spied(task: Task, layer: Any, *rest: Any) -> Any:
-        pairs = _read(task, layer, *rest)
+        pairs = read_layer(task, layer, *rest)
         for _, columns in pairs:
             columns = columns.columns if isinstance(columns, ScaledColumns) else columns
             if isinstance(columns, OuterColumns):
@@ -74,7 +75,7 @@ def test_the_numbers_held_are_those_of_the_columns(curvature: str, monkeypatch: 
             held[layer.name] = held.get(layer.name, 0) + per_column
         return pairs
 
-    monkeypatch.setattr("ddpnopt.steps._read", spied)
+    monkeypatch.setattr("ddpnopt.reading.read_layer", spied)
     nn.functional.cross_entropy(model(torch.randn(5, 2, 4)), torch.randint(3, (5,))).backward()
     optimizer.step()
     assert {row.name: row.held for row in optimizer.report().rows} == held

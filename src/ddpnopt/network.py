@@ -86,7 +86,7 @@ def read_network(
         model: the model, or ``None`` if the optimizer was given bare parameters.
         group_of: parameter group of each parameter to train; one block never spans two groups.
         stages: modules (or their names) whose input is the whole state; ``None``: every layer is a stage.
-        refused: names of layers whose rule failed before, with the reason; their parameters are loose.
+        refused: names of layers and tied parameters whose columns could not be had, with the reason; they are loose.
 
     Raises:
         ValueError: if ``stages`` names a module that does not exist, or one inside another.
@@ -112,7 +112,9 @@ def read_network(
     for parameter, by_owner in shared.items():
         owners = [_owner(layer, *by_owner[layer.module], parameter) for layer in layers if layer.module in by_owner]
         full_name = _join(*next(iter(by_owner.values())))
-        if len(owners) == owners_of[parameter]:
+        if full_name in refused:
+            loose.append(_loose(full_name, parameter, refused[full_name]))
+        elif len(owners) == owners_of[parameter]:
             tied.append(Tied(full_name, owners[0].blocks[0], tuple(owners)))
         else:
             loose.append(_loose(full_name, parameter, SHARED))

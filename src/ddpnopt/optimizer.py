@@ -30,7 +30,8 @@ from .options import (
 from .persistence import loading, saving
 from .report import Report, describe
 from .scaling import found_scale, told_scale
-from .steps import Outcome, Task, closed_loop, open_loop
+from .steps import closed_loop, open_loop
+from .task import Outcome, Task
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .transaction import Transaction
@@ -265,9 +266,9 @@ class DDPNOpt(torch.optim.Optimizer):
         self._failures += outcome.failures
         self._last = outcome
         self._refused |= outcome.refused
-        for layer in self._network.layers:
-            if (reason := outcome.refused.get(layer.name)) is not None:
-                warnings.warn(f"{layer.name or 'the model'}, {type(layer.module).__name__}: {reason}", stacklevel=4)
+        kinds = {layer.name: type(layer.module).__name__ for layer in self._network.layers}
+        for name, reason in outcome.refused.items():
+            warnings.warn(f"{name or 'the model'}, {kinds.get(name, 'Parameter')}: {reason}", stacklevel=4)
 
     def _connect(self) -> None:
         """Hook the model's layers and stages, whether or not they are trained at present."""

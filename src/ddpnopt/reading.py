@@ -1,0 +1,124 @@
+"""From recorded passes to the columns of every stage's blocks, and what is refused on the way."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from .columns import Columns, ScaledColumns, over_uses
+from .layers import Block
+from .linearise import Linearised, columns_of
+from .network import Layer, Stage, Tied
+from .rollout import Later, later_columns
+from .task import Outcome, Task
+
+LARGEST = 1 << 26
+"""Numbers that a tied parameter's per-sample gradients may hold, where its uses have columns of two forms."""
+
+STRAY = (
+    "a parameter of it is used outside its own runs: one update from the whole batch's gradient. For columns of its "
+    "own, use the parameter by calling the module"
+)
+SILENT = (
+    "it was not seen to run on the batch: one update from the whole batch's gradient. For columns of its own, let the "
+    "model call the module itself on a tensor that leads with the batch, and use no functional form of it"
+)
+
+
+def blocks_by_stage(
+    task: Task, linearised: Sequence[Linearised], outcome: Outcome
+) -> dict[Stage, list[tuple[Block, Columns]]]:
+    """Blocks with their columns, by stage, in the order the stages ran."""
+    stage_of = {stage.module: stage for stage in task.network.stages}
+    visited = list(dict.fromkeys(module for one in linearised for module in one.recorded.visits))
+    ran = [stage_of[module] for module in visited if module in stage_of]
+    tied_at: dict[nn.Module, list[Tied]] = {}  # a tied parameter moves with the first of its owners
+    for tied in task.network.tied:
+        owners = {owner.module for owner in tied.owners}
+        for first in [module for module in visited if module in owners][:1]:
+            tied_at.setdefault(first, []).append(tied)
+    found = {}
+    for stage in ran:
+        pairs = []
+        for layer in (task.network.layers[index] for index in stage.layers):
+            pairs += read_layer(task, layer, linearised, outcome)
+            for tied in tied_at.get(layer.module, ()):
+                pairs += read_tied(task, tied, linearised, outcome)
+        if pairs:
+            found[stage] = pairs
+    return found
+
+
+def read_layer(
+    task: Task, layer: Layer, linearised: Sequence[Linearised], outcome: Outcome
+) -> list[tuple[Block, Columns]]:
+    """The layer's blocks with their columns; none if no gradient reached it or its rule fails."""
+    assert task.recorder is not None
+    with task.recorder.paused():
+        if layer.rule.name != "generic":
+            return list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
+        try:
+            pairs = list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
+        except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
+            said = str(error).partition("\n")[0].partition(". ")[0]
+            outcome.refused[layer.name] = (
+                f"the generic rule failed ({said}): one update from the whole batch's gradient"
+            )
+            return []
+    # a module need not use every parameter it has; one that got no gradient stays, as in torch
+    return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
+
+
+def read_tied(
+    task: Task, tied: Tied, linearised: Sequence[Linearised], outcome: Outcome
+) -> list[tuple[Block, Columns]]:
+    """The same of a parameter of several layers: all their columns, or none."""
+    modules = {owner.module for owner in tied.owners}
+    runs = [run for one in linearised for run in one.recorded.runs if run.layer in modules]
+    if any(run.misfit or run.stray for run in runs):
+        return []
+    uses = [columns for owner in tied.owners for _, columns in read_layer(task, owner, linearised, outcome)]
+    if not uses or any(owner.name in outcome.refused for owner in tied.owners):
+        return []
+    # uses of two forms add up only where each sample's gradient is formed
+    forms = {type(use.columns if isinstance(use, ScaledColumns) else use) for use in uses}
+    numbers = uses[0].count * uses[0].batch * math.prod(tied.block.shape)
+    if len(forms) > 1 and numbers > LARGEST:
+        outcome.refused[tied.name] = (
+            f"its gradients, sample by sample, are {numbers:,} numbers: one update from the whole batch's gradient. "
+            "For columns of its own, give each use a parameter"
+        )
+        return []
+    return [(tied.block, over_uses(uses))]
+
+
+def later_by_stage(
+    task: Task, linearised: Sequence[Linearised], blocks: Mapping[Stage, Sequence[tuple[Block, Columns]]]
+) -> dict[Stage, Later]:
+    """What is still to run of layers after they have moved; read at the nominal weights, before any moves."""
+    assert task.recorder is not None
+    found: dict[Stage, Later] = {}
+    with task.recorder.paused():
+        for stage, pairs in blocks.items():
+            if linearised[0].recorded.state is None:
+                continue
+            moving = {block for block, _ in pairs}
+            layers = [task.network.layers[index] for index in stage.layers]
+            owners = [owner for tied in task.network.tied if tied.block in moving for owner in tied.owners]
+            moving |= {block for owner in owners for block in owner.blocks}
+            of_stage: dict[nn.Module, list[tuple[Block, Columns]]] = {}
+            for layer in (*layers, *owners):
+                for later, own in later_columns(layer, linearised, moving).items():
+                    of_stage.setdefault(later, []).extend(own)
+            found[stage] = of_stage
+    return found
+
+
+def name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> None:
+    """Refuse layers that have a gradient but no columns: they were used other than by a call on the batch."""
+    for layer in task.network.layers:
+        parameters = [p for block in layer.blocks for p in block.parameters if p in task.gradients]
+        if layer.name in outcome.refused or not parameters or not read.isdisjoint(parameters):
+            continue
+        stray = any(run.layer is layer.module and run.stray for one in task.passes for run in one.runs)
+        outcome.refused[layer.name] = STRAY if stray else SILENT

@@ -1,0 +1,109 @@
+"""What one step works on, and what it leaves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .coupling import Coupling
+from .curvature import Curvature
+from .curvature.base import State
+from .layers import Block, mixes_samples
+from .linearise import Linearised, TerminalValue, linearise
+from .network import Network, matrix_of
+from .passes import Pass
+from .terminal import Terminal
+from .trajectory import Recorder
+
+VELOCITY = "velocity"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one step works on.
+
+    Args:
+        network: layers, stages and loose parameters.
+        groups, group_of: the optimizer's parameter groups, and each parameter's index among them.
+        state: of the optimizer, by a block's first parameter; not written into.
+        curvature, terminal, coupling, feedback: the optimizer's options.
+        recorder: ``None`` for bare parameters.
+        passes: recorded forward passes with their cotangents.
+        gradients: of the batch's loss, for the parameters that have one.
+        loss: with its graph, if the closure left it and the terminal wants it.
+        loss_scale: what the loss had been multiplied by before its backward pass; ``gradients`` are without it.
+        number: of the step, from 0.
+    """
+
+    network: Network
+    groups: Sequence[Mapping[str, Any]]
+    group_of: Mapping[nn.Parameter, int]
+    state: Mapping[Tensor, State]
+    curvature: Curvature
+    terminal: Terminal
+    coupling: Coupling
+    feedback: bool
+    recorder: Recorder | None
+    passes: Sequence[Pass]
+    gradients: Mapping[nn.Parameter, Tensor]
+    loss: Tensor | None
+    loss_scale: float
+    number: int
+
+    def linearised(self, terminal: Terminal) -> tuple[list[Linearised], TerminalValue]:
+        """The passes with their columns, and the value at the output."""
+        assert self.recorder is not None
+        return linearise(self.passes, terminal, self.recorder, self.loss, self.number, self.loss_scale)
+
+    def settings(self, block: Block) -> tuple[float, float, float]:
+        """``lr``, ``weight_decay`` and ``momentum`` of a block's group."""
+        group = self.groups[self.group_of[block.parameters[0]]]
+        return float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
+
+    def own_state(self, block: Block) -> tuple[State, Tensor | None]:
+        """A block's curvature state, and its velocity."""
+        state = dict(self.state.get(block.parameters[0], {}))
+        if state.pop("parameters", len(block.parameters)) != len(block.parameters):
+            return {}, None  # a bias was frozen, thawed or regrouped since: the block has another shape
+        velocity = state.pop(VELOCITY, None)
+        return state, velocity
+
+    def gradient(self, block: Block) -> Tensor | None:
+        """Gradient of the batch's loss as the block's matrix, at least in float32; ``None`` without one."""
+        if any(p not in self.gradients for p in block.parameters):
+            return None
+        return wide(matrix_of(block, [self.gradients[p] for p in block.parameters]))
+
+    def coupled(self) -> bool:
+        """Whether layers see one another: while samples are mixed, columns are not those of single samples."""
+        return self.feedback and (self.recorder is None or not any(map(mixes_samples, self.recorder.model.modules())))
+
+    def blocks(self) -> list[Block]:
+        """All there are."""
+        return self.network.blocks()
+
+
+@dataclass
+class Outcome:
+    """What a step leaves: weights are moved already, everything else is here to be committed.
+
+    Args:
+        states: new state by a block's first parameter.
+        figures: compute diagnostics by stage, if they are asked for.
+        actual_decrease: of the loss on the same batch, where a criterion is known.
+        failures: factorisations of the value's curvature that had to be tried again.
+        refused: layers whose rule failed or that were not seen to run, with the reason.
+    """
+
+    states: dict[nn.Parameter, State] = field(default_factory=dict)
+    figures: dict[str, Callable[[], dict[str, float]]] = field(default_factory=dict)
+    actual_decrease: Tensor | None = None
+    failures: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor, at least in float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
