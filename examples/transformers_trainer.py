@@ -13,18 +13,20 @@ import torch
 from _shared import digits, flags, row
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers.trainer_utils import get_last_checkpoint
 
 from ddpnopt import DDPNOpt
 
 arguments = flags(__doc__, epochs=5, folder="runs/transformers", resume=False)
 train, test = digits()
 pictures = [{"pixel_values": x.view(1, 8, 8), "labels": y} for x, y in train]
-model = ViTForImageClassification(
-    ViTConfig(
-        image_size=8, patch_size=2, num_channels=1, num_labels=10, hidden_size=32, intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=4,
-    )
+settings = ViTConfig(
+    image_size=8, patch_size=2, num_channels=1, num_labels=10, hidden_size=32, intermediate_size=64,
+    num_hidden_layers=2, num_attention_heads=4,
 )  # fmt: skip
+last = get_last_checkpoint(arguments.folder) if arguments.resume else None
+# by from_pretrained, since the Trainer does not know the names this model's weights are saved under (transformers 5.24)
+model = ViTForImageClassification.from_pretrained(last) if last else ViTForImageClassification(settings)
 optimizer: torch.optim.Optimizer
 if arguments.optimizer == "ddpnopt":
     optimizer = DDPNOpt(model)
@@ -64,4 +66,4 @@ trainer = Trainer(
     train_dataset=pictures, optimizers=(optimizer, scheduler), callbacks=[Table()],
 )  # fmt: skip
 row(0, Scores(), train, test)
-trainer.train(resume_from_checkpoint=arguments.resume)
+trainer.train(resume_from_checkpoint=last)

@@ -15,7 +15,7 @@ ONE_EPOCH = ["--epochs", "1"]
 EXAMPLE_OF: dict[str, tuple[list[str], str | None]] = {
     "accelerate_loop.py": (["--accumulate", "2", *ONE_EPOCH], "accelerate"),
     "binary.py": (ONE_EPOCH, None),
-    "char_transformer.py": (["--steps", "16", "--every", "8", "--context", "16"], None),
+    "char_transformer.py": (["--steps", "8", "--every", "8", "--context", "16"], None),
     "drop_in.py": (["--epochs", "2"], None),
     "lightning_automatic.py": (["--accumulate", "2", *ONE_EPOCH], "lightning"),
     "lightning_manual.py": (ONE_EPOCH, "lightning"),
@@ -25,7 +25,7 @@ EXAMPLE_OF: dict[str, tuple[list[str], str | None]] = {
     "regression.py": (["--epochs", "3"], None),
     "resnet.py": (["--data", "digits-images", "--samples", "640", *ONE_EPOCH], None),
     "skorch_estimator.py": (["--epochs", "2"], "skorch"),
-    "transformers_trainer.py": (["--epochs", "2"], "transformers"),
+    "transformers_trainer.py": (ONE_EPOCH, "transformers"),
 }
 VERSE = "Tyger Tyger, burning bright, in the forests of the night; what immortal hand or eye. "
 
@@ -59,7 +59,7 @@ def test_the_training_loss_falls(name: str, optimizer: str, tmp_path: Path) -> N
 
 def test_the_cheapest_form_reaches_a_tiny_error(tmp_path: Path) -> None:
     found = [float(loss) for loss in re.findall(r"loss (\S+),", run("closure.py", folder=tmp_path))]
-    assert found[-1] < 1e-3 < 100e-3 < found[0]
+    assert found[-1] < 2e-3 < found[0]
 
 
 def test_no_example_is_left_out() -> None:
