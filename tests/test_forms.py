@@ -434,6 +434,32 @@ def test_accumulated_uneven_micro_batches_with_a_criterion(make: Callable[[Loss]
         torch.testing.assert_close(new, wanted, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("make", SMOOTH)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_closure_over_micro_batches_is_the_batch(make: Callable[[Loss], Terminal], reduction: str) -> None:
+    def weights(sizes: list[int]) -> list[Tensor]:
+        torch.manual_seed(5)
+        case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss(reduction=reduction)
+        x, y = torch.randn(12, 4), torch.randint(3, (12,))
+        terminal = make(criterion)
+        if isinstance(terminal, Sampled):
+            terminal = Exact(criterion)  # random signs differ by micro-batch
+        optimizer = DDPNOpt(case.model, 1.0, terminal=terminal)
+
+        def loss() -> Tensor:
+            parts = zip(x.split(sizes), y.split(sizes), strict=True)
+            shares = [len(part) / 12 if reduction == "mean" else 1.0 for part in x.split(sizes)]
+            losses = [criterion(case.model(a), b) * share for (a, b), share in zip(parts, shares, strict=True)]
+            return torch.stack(losses).sum()
+
+        for _ in range(3):
+            optimizer.step(loss)
+        return [p.detach() for p in case.model.parameters()]
+
+    for new, wanted in zip(weights([7, 5]), weights([12]), strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-8, atol=1e-8)
+
+
 class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()

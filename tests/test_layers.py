@@ -449,13 +449,21 @@ def test_an_embedding_whose_gradient_is_divided_by_counts_follows_the_batch() ->
     torch.testing.assert_close((start - next(model.parameters()).detach()) / 1e-7, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_tied_parameter_whose_gradients_would_be_too_many_gets_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_tied_parameter_whose_gradients_would_be_too_many_gets_one_update(
+    monkeypatch: pytest.MonkeyPatch, closure: bool
+) -> None:
     model, x, y = Tied(), torch.randint(7, (5, 3)), torch.randint(7, (5, 3))
     optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity())
     (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
     start = model.embed.weight.detach().clone()
     monkeypatch.setattr("ddpnopt.reading.LARGEST", 5 * expected.numel() - 1)
-    nn.functional.cross_entropy(model(x), y).backward()
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(model(x), y)
+
+    if not closure:
+        loss().backward()
     with pytest.warns(UserWarning, match="140 numbers: one update"):
-        optimizer.step()
+        optimizer.step(loss if closure else None)
     torch.testing.assert_close((start - model.embed.weight.detach()) / 1e-7, expected, rtol=1e-4, atol=1e-6)

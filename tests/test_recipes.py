@@ -283,6 +283,53 @@ def test_half_precision_with_a_scaler_and_clipping_trains(unscale: bool) -> None
     assert optimizer.diagnostics()["skipped_steps"] < 4
 
 
+class AllTied(nn.Module):
+    """Has no parameter but one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embed(tokens).tanh().mean(1))
+        return out
+
+
+class Mixing(nn.Module):
+    """The generic rule fails on it: no gradient belongs to one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0)) * self.gain
+
+
+@pytest.mark.parametrize("make", [AllTied, lambda: nn.Sequential(nn.Embedding(7, 3), Mixing(), nn.Flatten())])
+@pytest.mark.filterwarnings("ignore:.*generic rule failed")
+def test_the_scale_is_found_in_any_layer(make: Callable[[], nn.Module]) -> None:
+    def weights(scaler: torch.amp.GradScaler | None) -> list[Tensor]:
+        torch.manual_seed(5)
+        model, criterion = make(), nn.CrossEntropyLoss()
+        x, y = torch.randint(7, (6, 3)), torch.randint(7, (6,))
+        optimizer = DDPNOpt(model, lr=1.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            (scaler.scale(loss) if scaler else loss).backward()
+            if scaler:
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    close(weights(torch.amp.GradScaler("cpu", init_scale=1024.0)), weights(None))
+
+
 def test_gradients_changed_by_different_factors_hide_the_scale() -> None:
     case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
     optimizer, scaler = DDPNOpt(case.model), torch.amp.GradScaler("cpu")

@@ -134,7 +134,9 @@ def _not_in_columns(network: Network, passes: Sequence[Pass]) -> list[nn.Paramet
     unread = {layer.module for layer in network.layers if layer.rule.name == "generic"}
     unread |= {run.layer for p in passes for run in p.runs if run.misfit or run.stray}
     inside = chain.from_iterable(layer.blocks for layer in network.layers if layer.module in unread)
-    tied = (x.block for x in network.tied if not unread.isdisjoint(owner.module for owner in x.owners))
+    # a tied parameter's columns of several forms may turn out too many to be read
+    mixed = {x for x in network.tied if len({owner.rule.name for owner in x.owners}) > 1}
+    tied = (x.block for x in network.tied if x in mixed or not unread.isdisjoint(o.module for o in x.owners))
     blocks = chain((loose.block for loose in network.loose), tied, inside)
     return [p for block in blocks for p in block.parameters]
 

@@ -129,7 +129,8 @@ def _output_loss(recorded: Pass, terminal: Terminal, loss: Tensor | None, share:
     """The pass's loss as a function of the model's output; ``share``: see :func:`_multiple`."""
     weight = 1 / recorded.batch if terminal.reduction == "mean" else 1.0
     if loss is not None and recorded.outputs:
-        return OutputLoss(loss, recorded.outputs[_leaf(recorded)], weight, recorded.batch)
+        # of the closure's loss, which is the whole batch's, a pass is only its share
+        return OutputLoss(loss, recorded.outputs[_leaf(recorded)], weight * share, recorded.batch)
     name = type(terminal).__name__
     if terminal.criterion is None:
         raise StepError(

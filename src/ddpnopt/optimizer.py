@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -240,13 +241,13 @@ class DDPNOpt(torch.optim.Optimizer):
         try:
             with Transaction(self._names, self.model, found.passes, gradients, self._room) as transaction:
                 check_evaluated(found, self._network if self._recorder is not None else None)
-                if scale is None and self._recorder is not None:
-                    scale = found_scale(self._network, found.passes, self._recorder, gradients, self.terminal.reduction)
                 task = Task(
                     self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal,
                     self.coupling, self.feedback, self._recorder, found.passes, gradients, found.graph,
                     scale or 1.0, self._steps,
                 )  # fmt: skip
+                if scale is None and self._recorder is not None:
+                    task = replace(task, loss_scale=found_scale(task))
                 outcome = open_loop(task) if self._is_base else closed_loop(task)
                 transaction.check(outcome.states, self.state)
         except NonFiniteError:

@@ -1,16 +1,14 @@
 """What the loss was multiplied by before its backward pass: as a GradScaler says, or read off the gradients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import StepError
-from .linearise import columns_of, linearise
-from .network import Network, matrix_of
-from .passes import Pass
-from .terminal import Gradient, Reduction
-from .trajectory import Recorder
+from .reading import read_layer, read_tied
+from .task import Outcome, Task
+from .terminal import Gradient
 
 
 def told_scale(optimizer: torch.optim.Optimizer, closure: object) -> float | None:
@@ -27,34 +25,30 @@ def told_scale(optimizer: torch.optim.Optimizer, closure: object) -> float | Non
     return None if scale is None else float(scale)
 
 
-def found_scale(
-    network: Network,
-    passes: Sequence[Pass],
-    recorder: Recorder,
-    gradients: Mapping[nn.Parameter, Tensor],
-    reduction: Reduction,
-) -> float:
+def found_scale(task: Task) -> float:
     """The one number by which every layer's recorded gradient exceeds the one its parameters now hold.
 
     ``scaler.unscale_(optimizer)`` divides ``.grad`` by the scale and keeps it to itself, while the recorded columns
     still carry it. If ``.grad`` was then multiplied by a common factor ``c`` (``clip_grad_norm_``), the quotient is
     ``scale / c``: columns divided by it are those of ``c`` times the loss.
 
+    Args:
+        task: the step's, with ``loss_scale=1``: its columns as they were recorded.
+
     Raises:
         StepError: if the layers' gradients were changed by different factors, so that there is no such number.
     """
     pairs: list[tuple[str, Tensor, Tensor]] = []
-    with recorder.paused():
-        linearised, end = linearise(passes, Gradient(reduction), recorder, None, 0)
-        for layer in network.layers:
-            for block, columns in zip(layer.blocks, columns_of(layer, linearised) or (), strict=False):
-                if all(p in gradients for p in block.parameters):
-                    held = matrix_of(block, [gradients[p] for p in block.parameters]).double()
-                    pairs.append((layer.name, held, columns.weighted(end.weight * end.a).double()))
+    linearised, end = task.linearised(Gradient(task.terminal.reduction))
+    read = [(layer.name, read_layer(task, layer, linearised, Outcome())) for layer in task.network.layers]
+    read += [(tied.name, read_tied(task, tied, linearised, Outcome())) for tied in task.network.tied]
+    for name, (block, columns) in ((name, pair) for name, found in read for pair in found):
+        if (held := task.gradient(block)) is not None:
+            pairs.append((name, held.double(), columns.weighted(end.weight * end.a).double()))
     square = sum(float(recorded.square().sum()) for _, _, recorded in pairs)
     quotient = sum(float((held * recorded).sum()) for _, held, recorded in pairs) / square if square > 0 else 1.0
     rounding = max(
-        1e-4, *(10 * torch.finfo(c.dtype).eps for p in passes for run in p.runs for c in _given(run.cotangents))
+        1e-4, *(10 * torch.finfo(c.dtype).eps for p in task.passes for run in p.runs for c in _given(run.cotangents))
     )
     for name, held, recorded in pairs:
         if quotient <= 0 or float((held - quotient * recorded).norm()) > rounding * float(held.norm()):

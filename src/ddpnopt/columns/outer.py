@@ -49,7 +49,7 @@ class OuterColumns(Columns):
         n, s = self.count * self.batch, self.positions
         out, fan_in = self.v.shape[3], self.x.shape[2]
         if s > 1 and n * s * s * (out + fan_in) > (s + n) * out * fan_in:
-            return self.dense().gram(inverse)
+            return self._gram_by_rows(inverse) if s < out + fan_in else self.dense().gram(inverse)
         v, x = self.v.flatten(0, 2), self.x.flatten(0, 1)
         v_solved, x_solved = self._solve(inverse)
         inputs = symmetric_product(x, x_solved).view(self.batch, s, self.batch, s)
@@ -64,6 +64,19 @@ class OuterColumns(Columns):
             self._solved.clear()
             self._solved[id(inverse)] = (inverse, *solved)
         return self._solved[id(inverse)][1:]
+
+    def _gram_by_rows(self, inverse: Separable) -> Tensor:
+        """Products of gradients and of their solves, some rows of both at a time: neither is formed as a whole."""
+        v_solved, x_solved = (
+            solved.view_as(own) for solved, own in zip(self._solve(inverse), (self.v, self.x), strict=True)
+        )
+        n = self.count * self.batch
+        gram, rows = self.v.new_zeros(n, n), max(1, base.CHUNK // (n * self.x.shape[2]))
+        for start in range(0, self.v.shape[3], rows):
+            part = slice(start, start + rows)
+            u, m = self.v[..., part].mT @ self.x, v_solved[..., part].mT @ x_solved
+            gram += symmetric_product(u.view(n, -1), m.view(n, -1))
+        return gram * inverse.scale
 
     def _rotated_gram(self, inverse: Rotated) -> Tensor:
         v = times(self.v, inverse.out).flatten(0, 2)
