@@ -9,6 +9,7 @@ import pytest
 
 from examples.scripts import EXAMPLES, run
 
+pytestmark = pytest.mark.xdist_group("integrations")  # their libraries, slow to import, in one worker
 ONE_EPOCH = ["--epochs", "1"]
 # beside what the example is told: the library it needs, if it is no part of the extra `experiments`
 EXAMPLE_OF: dict[str, tuple[list[str], str | None]] = {

@@ -14,7 +14,7 @@ from ddpnopt import DDPNOpt, Matched
 from examples.scripts import run
 
 # their own warnings (few workers, deprecated calls inside) are none of ours
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.xdist_group("integrations")]
 BATCH, EPOCHS = 16, 2
 
 

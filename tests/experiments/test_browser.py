@@ -9,7 +9,7 @@ from ddpnopt.experiments import cli
 from ddpnopt.experiments.report.report import write
 from experiments.made_up import AWKWARD, accuracies, grid
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.xdist_group("browser")]
 
 GOOD = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>page</title></head>
 <body style="margin: 0"><h1 id="top">Title</h1><a href="#top">up</a>
@@ -52,9 +52,7 @@ def test_a_good_page_has_no_fault(check: Check) -> None:
 
 
 def test_what_the_console_says_is_a_fault(check: Check) -> None:
-    found = check(
-        page("<script>console.error('lost'); console.warn('online', navigator.onLine); nowhere()</script>")
-    )
+    found = check(page("<script>console.error('lost'); console.warn('online', navigator.onLine); nowhere()</script>"))
     assert {problem.partition(" (")[0] for problem in found} == {
         "console error: lost",
         "console warning: online true",
