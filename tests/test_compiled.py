@@ -161,8 +161,8 @@ def test_a_copy_goes_on_and_a_pickle_is_inert(training: Training) -> None:
     training.model, optimizer = copy.deepcopy((training.model, optimizer))
     training.steps(optimizer, torch.compile(training.model, backend=BACKEND), 2)
     training.assert_plain()
-    unpickled = pickle.loads(pickle.dumps(training.model))
-    assert torch.equal(torch.compile(unpickled, backend=BACKEND)(training.x), training.model(training.x))
+    unpickled: Call = torch.compile(pickle.loads(pickle.dumps(training.model)), backend=BACKEND)
+    assert torch.equal(unpickled(training.x), training.model(training.x))
 
 
 def on_graph(name: str, backend: str | None) -> list[Tensor]:
@@ -174,8 +174,7 @@ def on_graph(name: str, backend: str | None) -> list[Tensor]:
     optimizer = DDPNOpt(case.model)
     for _ in range(2):
         optimizer.zero_grad()
-        out: Tensor = call(case.x)
-        loss: Tensor = out.square().mean()
+        loss: Tensor = (call(case.x) ** 2).mean()
         loss.backward()
         optimizer.step()
     return [p.detach() for p in case.model.parameters()]

@@ -19,7 +19,7 @@ ORDER = [
     "errors", "linalg", "inverse", "columns", "curvature", "layers", "terminal", "value", "bellman",
     "network", "compiled", "conditions", "passes", "finite", "cuts", "hooks", "state", "trajectory", "linearise",
     "joined", "relinearise", "rollout", "transaction", "dense", "coupling", "task", "reading", "steps", "evaluation",
-    "options", "persistence", "scaling", "report", "optimizer",
+    "options", "persistence", "scaling", "clipping", "report", "optimizer",
 ]  # fmt: skip
 
 

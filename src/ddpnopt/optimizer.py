@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .clipping import NO_FACTOR, Witness
 from .compiled import plain
 from .coupling import Coupling, is_joint
 from .curvature import Curvature, Kronecker
@@ -125,7 +126,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._failures = 0
         self._skipped = 0
         self._last: Outcome | None = None
-        self._closed = False
+        self._closed = self._warned = False
         self._connect()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -140,7 +141,8 @@ class DDPNOpt(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Take every hook off the model; the optimizer cannot step its layers afterwards."""
-        self._recorder.close() if self._recorder is not None else None
+        for listener in (self._recorder, self._witness):
+            listener.close() if listener is not None else None
         self._closed = True
 
     def report(self) -> Report:
@@ -184,8 +186,11 @@ class DDPNOpt(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and the recorded passes that a backward pass has already gone through."""
         super().zero_grad(set_to_none)
-        if self._recorder is not None:
-            self._recorder.forget()
+        self._forget()
+
+    def _forget(self) -> None:
+        for listener in (self._recorder, self._witness):
+            listener.forget() if listener is not None else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -222,8 +227,7 @@ class DDPNOpt(torch.optim.Optimizer):
             self.__dict__.pop("grad_scale", None)
             raise
         finally:
-            if self._recorder is not None:
-                self._recorder.forget()
+            self._forget()
 
     @property
     def _is_base(self) -> bool:
@@ -236,13 +240,14 @@ class DDPNOpt(torch.optim.Optimizer):
             closure, self._recorder, self._network, list(self._group_of), every=self._is_base, keep_graph=needs_graph
         )
         gradients = found.unscaled(1.0 if scale is None else scale)
+        clip = 1.0 if scale is None else self._clip()  # else the scale is found together with it
         try:
             with Transaction(self._names, self.model, found.passes, gradients, self._room) as transaction:
                 check_evaluated(found, self._network if self._recorder is not None else None)
                 task = Task(
                     self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal,
                     self.coupling, self.feedback, self._recorder, found.passes, gradients, found.graph,
-                    scale or 1.0, self._steps,
+                    scale or 1.0, clip, self._steps,
                 )  # fmt: skip
                 if scale is None and self._recorder is not None:
                     task = replace(task, loss_scale=found_scale(task))
@@ -255,6 +260,14 @@ class DDPNOpt(torch.optim.Optimizer):
         else:
             self._commit(outcome)
         return found.loss
+
+    def _clip(self) -> float:
+        """What all gradients were multiplied by since the backward pass."""
+        factor = self._witness.factor() if self._witness is not None else 1.0
+        if factor is None and not self._warned:
+            self._warned = True
+            warnings.warn(NO_FACTOR, stacklevel=5)
+        return 1.0 if factor is None else factor
 
     def _commit(self, outcome: Outcome) -> None:
         """Keep what a step leaves; its weights have moved already."""
@@ -273,6 +286,7 @@ class DDPNOpt(torch.optim.Optimizer):
         """Hook the model's layers and stages, whether or not they are trained at present."""
         self._signature: tuple[Any, ...] = ()
         self._recorder: Recorder | None = None
+        self._witness: Witness | None = None
         self._refresh_network()
         if self.model is not None:
             layers = [m for m in self.model.modules() if any(p is not None for p in m._parameters.values())]
@@ -295,6 +309,9 @@ class DDPNOpt(torch.optim.Optimizer):
         self._network: Network = read_network(self.model, self._group_of, self.stages, self._refused)
         self._names = named(self._group_of, self.param_groups, self.model)
         self._room: list[torch.Tensor] = []
+        if self.model is not None and not self._is_base:
+            self._witness.close() if self._witness is not None else None
+            self._witness = Witness(self._group_of)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
@@ -319,7 +336,7 @@ class DDPNOpt(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         options = ["model", "curvature", "terminal", "coupling", "feedback", "stages", "on_nonfinite"]
-        kept = [*options, "_steps", "_failures", "_skipped", "_refused", "_closed"]
+        kept = [*options, "_steps", "_failures", "_skipped", "_refused", "_closed", "_warned"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

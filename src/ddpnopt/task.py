@@ -1,7 +1,7 @@
 """What one step works on, and what it leaves."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Task:
         gradients: of the batch's loss, for the parameters that have one.
         loss: with its graph, if the closure left it and the terminal wants it.
         loss_scale: what the loss had been multiplied by before its backward pass; ``gradients`` are without it.
+        clip: what the gradients were multiplied by after the backward pass; ``gradients`` are with it.
         number: of the step, from 0.
     """
 
@@ -50,12 +51,14 @@ class Task:
     gradients: Mapping[nn.Parameter, Tensor]
     loss: Tensor | None
     loss_scale: float
+    clip: float
     number: int
 
     def linearised(self, terminal: Terminal) -> tuple[list[Linearised], TerminalValue]:
-        """The passes with their columns, and the value at the output."""
+        """The passes with their columns, and the value at the output, its linear part clipped as the gradients are."""
         assert self.recorder is not None
-        return linearise(self.passes, terminal, self.recorder, self.loss, self.number, self.loss_scale)
+        found, end = linearise(self.passes, terminal, self.recorder, self.loss, self.number, self.loss_scale)
+        return found, end if self.clip == 1.0 else replace(end, a=self.clip * end.a)
 
     def settings(self, block: Block) -> tuple[float, float, float]:
         """``lr``, ``weight_decay`` and ``momentum`` of a block's group."""
