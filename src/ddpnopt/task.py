@@ -1,12 +1,13 @@
 """What one step works on, and what it leaves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .accord import Accord
 from .coupling import Coupling
 from .curvature import Curvature
 from .curvature.base import State
@@ -35,6 +36,7 @@ class Task:
         loss: with its graph, if the closure left it and the terminal wants it.
         loss_scale: what the loss had been multiplied by before its backward pass; ``gradients`` are without it.
         number: of the step, from 0.
+        accord: with the other ranks; the passes and gradients are those of this rank's samples.
     """
 
     network: Network
@@ -51,11 +53,13 @@ class Task:
     loss: Tensor | None
     loss_scale: float
     number: int
+    accord: Accord
 
     def linearised(self, terminal: Terminal) -> tuple[list[Linearised], TerminalValue]:
         """The passes with their columns, and the value at the output."""
         assert self.recorder is not None
-        return linearise(self.passes, terminal, self.recorder, self.loss, self.number, self.loss_scale)
+        before = sum(self.accord.counts[: self.accord.ranks.rank])
+        return linearise(self.passes, terminal, self.recorder, self.loss, self.number, before, self.loss_scale)
 
     def settings(self, block: Block) -> tuple[float, float, float]:
         """``lr``, ``weight_decay`` and ``momentum`` of a block's group."""
@@ -75,6 +79,11 @@ class Task:
         if any(p not in self.gradients for p in block.parameters):
             return None
         return wide(matrix_of(block, [self.gradients[p] for p in block.parameters]))
+
+    def block_gradients(self, read: Collection[nn.Parameter] = frozenset()) -> dict[Block, Tensor]:
+        """The same of every block that has one and no parameter in ``read``."""
+        unread = [block for block in self.blocks() if not any(p in read for p in block.parameters)]
+        return {block: g for block in unread if (g := self.gradient(block)) is not None}
 
     def coupled(self) -> bool:
         """Whether layers see one another: while samples are mixed, columns are not those of single samples."""
