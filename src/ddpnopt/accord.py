@@ -22,7 +22,7 @@ REASON = 400
 """Longest reason, in bytes."""
 
 
-class ScalerError(NonFiniteError):
+class ScalerError(StepError):
     """A GradScaler has found a gradient that is not finite: the step is left out, on all ranks."""
 
 

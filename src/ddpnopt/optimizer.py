@@ -29,7 +29,7 @@ from .options import (
     check_stages,
     named,
 )
-from .persistence import loading, saving
+from .persistence import loading, saving, with_numbers
 from .ranks import Ranks, Traffic, find_ranks
 from .report import Report, describe
 from .scaling import found_scale, told_scale
@@ -355,6 +355,7 @@ class DDPNOpt(torch.optim.Optimizer):
                 is of another curvature. Nothing is changed then.
         """
         self._refresh_network()
+        state_dict = with_numbers(state_dict)
         names = {parameter: name for name, parameter in self._names.items()}
         blocks = {names[block.parameters[0]]: block for block in self._network.blocks()}
         with loading(self, type(self.curvature).__name__, blocks) as loaded:

@@ -70,35 +70,32 @@ def share(accord: Accord, network: Network, own: Shared, reduction: Reduction) -
     plans = [json.loads(text) for text in accord.texts(json.dumps(said))]
     filled = [q for q, n in enumerate(accord.counts) if n]
     check_alike(plans, filled, network)
-    first = plans[filled[0]]
+    first, counts, device = plans[filled[0]], accord.counts, blocks[0].parameters[0].device
     labels = [[Label.read(told) for _, _, told in plan["moves"]] for plan in plans]
-    columns_wide, curved = first["end"] or (0, 0)
+    count, curved = first["end"] or (0, 0)
     sizes = [
-        8 * columns_wide * n + sum(label.nbytes for label in own_labels) if n else 0
-        for n, own_labels in zip(accord.counts, labels, strict=True)
+        8 * count * n + sum(label.nbytes for label in own) if n else 0 for n, own in zip(counts, labels, strict=True)
     ]
     received = accord.ranks.gather(as_bytes([tensor.cpu() for tensor in tensors]), sizes)
-    gradients = _summed(
-        accord, own.alone, [blocks[i] for i in sorted({i for p in plans for i in p["alone"]})], reduction
-    )
-    accord.expect(1 + max(columns_wide * max(accord.counts), 1))  # a stage and deviations
+    unread = sorted({i for plan in plans for i in plan["alone"]})
+    gradients = _summed(accord, own.alone, [blocks[i] for i in unread], reduction)
+    accord.expect(1 + max(count * max(counts), 1))  # a stage and deviations
 
-    starts = [8 * columns_wide * n for n in accord.counts]
-    ends = [part[:start].clone().view(torch.float64).view(columns_wide, -1) for part, start in
-            zip(received, starts, strict=True)]  # fmt: skip
-    device = blocks[0].parameters[0].device
-    found: list[Found] = []
-    for k, (at, i, _) in enumerate(first["moves"]):
-        parts = []
-        for q in filled:
-            label = labels[q][k]
-            part = received[q][starts[q] : starts[q] + label.nbytes]
-            starts[q] += label.nbytes
-            parts.append(put_together(label, part.to(device), accord.counts[q]))
-        found.append((at, blocks[i], over_batches(parts)))
-    weight = 1 / sum(accord.counts) if reduction == "mean" else 1.0
-    end = TerminalValue(torch.cat([ends[q] for q in filled], 1).to(device), curved, weight) if columns_wide else None
+    opened = [_opened(received[q].to(device), count, labels[q], counts[q]) for q in filled]
+    found = [
+        (at, blocks[i], over_batches([columns[k] for _, columns in opened]))
+        for k, (at, i, _) in enumerate(first["moves"])
+    ]
+    weight = 1 / sum(counts) if reduction == "mean" else 1.0
+    end = TerminalValue(torch.cat([a for a, _ in opened], 1), curved, weight) if first["end"] else None
     return Shared(found, gradients, end, all(plans[q]["whole"] for q in filled))
+
+
+def _opened(data: Tensor, count: int, labels: Sequence[Label], batch: int) -> tuple[Tensor, list[Columns]]:
+    """What one rank sent: ``a [count, batch]`` and its columns, as the labels say."""
+    a, *parts = data.split([8 * count * batch, *(label.nbytes for label in labels)])
+    columns = [put_together(label, part, batch) for label, part in zip(labels, parts, strict=True)]
+    return a.clone().view(torch.float64).view(count, batch), columns
 
 
 def gathered_deviation(accord: Accord, stage: int, own: Tensor | None, columns: int) -> Tensor:
@@ -143,7 +140,7 @@ def _outline(plan: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def _name(network: Network, block: Block) -> str:
-    owner = next((layer.name for layer in network.layers if block in layer.blocks), "")
+    owner = next((layer.name for layer in network.layers if any(block is own for own in layer.blocks)), "")
     return ".".join(part for part in (owner, block.names[0]) if part) or "a parameter"
 
 

@@ -1,0 +1,40 @@
+"""Several ranks against one process that has all their samples."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from launch import launch
+from programs import PROGRAMS, train, train_all
+
+SIZES = {
+    2: [n for n, p in PROGRAMS.items() if p.steps == 20 or p.wrap],
+    3: [*PROGRAMS],
+    4: [n for n, p in PROGRAMS.items() if p.steps == 20],
+}
+
+
+@functools.cache
+def ranks(size: int) -> list[dict[str, dict[str, Any]]]:
+    return launch(size, train_all, SIZES[size])
+
+
+@functools.cache
+def one_process(name: str) -> dict[str, Any]:
+    return train(PROGRAMS[name])
+
+
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in SIZES.items() for name in names])
+def test_ranks_make_the_steps_of_one_process(name: str, size: int) -> None:
+    found, wanted = [rank[name] for rank in ranks(size)], one_process(name)
+    assert [rank.get("error") for rank in found] == [None] * size
+    for rank in found:
+        for own, first, one in zip(rank["weights"], found[0]["weights"], wanted["weights"], strict=True):
+            assert torch.equal(own, first)
+            torch.testing.assert_close(own, one, rtol=1e-10, atol=1e-10)
+        assert rank["figures"]["layers"] == found[0]["figures"]["layers"]
+        figures, expected = (one["figures"]["actual_decrease"] for one in (rank, wanted))
+        assert (figures is None) == (expected is None)
+        if expected is not None:
+            assert figures == pytest.approx(expected, rel=1e-8)
