@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .accord import Accord
-from .columns import Columns, over_batches
+from .columns import Columns, DenseColumns, SpreadColumns, over_batches, spreads
 from .columns.parcel import Label, as_bytes, put_together, taken_apart
 from .errors import NonFiniteError, StepError
 from .finite import all_finite
@@ -72,23 +72,37 @@ def share(accord: Accord, network: Network, own: Shared, reduction: Reduction) -
     check_alike(plans, filled, network)
     first, counts, device = plans[filled[0]], accord.counts, blocks[0].parameters[0].device
     labels = [[Label.read(told) for _, _, told in plan["moves"]] for plan in plans]
+    stays = [label.form == "dense" and spreads(label.shapes[0], counts) for label in labels[filled[0]]]
+    moving = [[label for label, stay in zip(of, stays, strict=False) if not stay] for of in labels]
+    sent = [a, *(tensor for (*_, parts), stay in zip(parcels, stays, strict=False) if not stay for tensor in parts)]
     count, curved = first["end"] or (0, 0)
     sizes = [
-        8 * count * n + sum(label.nbytes for label in own) if n else 0 for n, own in zip(counts, labels, strict=True)
+        8 * count * n + sum(label.nbytes for label in of) if n else 0 for n, of in zip(counts, moving, strict=True)
     ]
-    received = accord.ranks.gather(as_bytes([tensor.cpu() for tensor in tensors]), sizes)
+    received = accord.ranks.gather(as_bytes([tensor.cpu() for tensor in sent]), sizes)
     unread = sorted({i for plan in plans for i in plan["alone"]})
     gradients = _summed(accord, own.alone, [blocks[i] for i in unread], reduction)
     accord.expect(1 + max(count * max(counts), 1))  # a stage and deviations
 
-    opened = [_opened(received[q].to(device), count, labels[q], counts[q]) for q in filled]
-    found = [
-        (at, blocks[i], over_batches([columns[k] for _, columns in opened]))
-        for k, (at, i, _) in enumerate(first["moves"])
-    ]
+    opened = [_opened(received[q].to(device), count, moving[q], counts[q]) for q in filled]
+    arrived = zip(*(columns for _, columns in opened), strict=True)
+    found: list[Found] = []
+    for k, ((at, i, _), stay) in enumerate(zip(first["moves"], stays, strict=True)):
+        if stay:
+            (values,) = parcels[k][-1] if parcels else [_nothing(labels[filled[0]][k], device)]
+            columns: Columns = SpreadColumns(DenseColumns(values), accord.ranks, tuple(counts))
+        else:
+            columns = over_batches(next(arrived))
+        found.append((at, blocks[i], columns))
     weight = 1 / sum(counts) if reduction == "mean" else 1.0
     end = TerminalValue(torch.cat([a for a, _ in opened], 1), curved, weight) if first["end"] else None
     return Shared(found, gradients, end, all(plans[q]["whole"] for q in filled))
+
+
+def _nothing(label: Label, device: torch.device) -> Tensor:
+    """Formed gradients of no samples."""
+    columns, _, *shape = label.shapes[0]
+    return torch.zeros(columns, 0, *shape, dtype=getattr(torch, label.dtypes[0]), device=device)
 
 
 def _opened(data: Tensor, count: int, labels: Sequence[Label], batch: int) -> tuple[Tensor, list[Columns]]:

@@ -59,6 +59,14 @@ def conv() -> nn.Module:
     )  # fmt: skip
 
 
+def pictures() -> nn.Module:
+    """Formed gradients large enough to stay where they are."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv1d(8, 9, 5, padding=2), nn.Tanh(),
+        nn.Flatten(), nn.Linear(54, 3),
+    )  # fmt: skip
+
+
 def _numbers(model: nn.Module, batch: int) -> Tensor:
     return torch.randint(7, (batch, 5)) if isinstance(model, Words) else torch.randn(batch, 6)
 
@@ -103,6 +111,14 @@ PROGRAMS: dict[str, Program] = {
     "low rank": Program(wide, {"curvature": Kronecker(refresh_every=2, rank=1)}, criterion=nn.MSELoss(), steps=20),
     "conv, eigen": Program(conv, {"curvature": EigenKronecker(refresh_every=2)}, steps=20),
     "conv, sample": Program(conv, {"coupling": "sample", "lr": 0.01}),
+    "pictures, identity": Program(pictures, {"curvature": Identity(), "momentum": 0.5, "weight_decay": 0.01}),
+    "pictures, adaptive": Program(pictures, {"curvature": Adaptive()}),
+    "pictures, kronecker": Program(pictures, {"curvature": KRONECKER}),
+    "pictures, low rank": Program(pictures, {"curvature": Kronecker(refresh_every=2, rank=4)}),
+    "pictures, eigen": Program(pictures, {"curvature": EigenKronecker(refresh_every=2)}),
+    "pictures, exact": Program(pictures, terminal=lambda c: Exact(c)),
+    "pictures, sample": Program(pictures, {"coupling": "sample", "lr": 0.01, "weight_decay": 0.01}),
+    "pictures, k-fac": Program(pictures, {"coupling": "sample", "feedback": False, "lr": 1e-3}),
     "residual": Program(Residual),
     "residual, adaptive": Program(Residual, {"curvature": Adaptive()}),
     "words": Program(Words, {"curvature": KRONECKER}),
