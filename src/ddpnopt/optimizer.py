@@ -137,7 +137,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._skipped = 0
         self._last: Outcome | None = None
         self._closed = False
-        self._traffic = Traffic()
+        self.traffic = Traffic()
         self._connect()
         if wrapper is not None and self._recorder is not None:
             self._recorder.inside(wrapper)
@@ -296,7 +296,7 @@ class DDPNOpt(torch.optim.Optimizer):
         if self.model is None or (self._is_base and not self.curvature.needs_columns) or not self._group_of:
             return Ranks()
         found = find_ranks(self._group, next(iter(self._group_of)).device)
-        found.traffic = self._traffic
+        found.traffic = self.traffic
         return found
 
     def _commit(self, outcome: Outcome) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .accord import Accord
-from .columns import Columns, DenseColumns, SpreadColumns, over_batches, spreads
+from .columns import Columns, ScaledColumns, SpreadColumns, over_batches, spreads
 from .columns.parcel import Label, as_bytes, put_together, taken_apart
 from .errors import NonFiniteError, StepError
 from .finite import all_finite
@@ -39,7 +39,7 @@ class Shared:
     whole: bool
 
 
-def share(accord: Accord, network: Network, own: Shared, reduction: Reduction) -> Shared:
+def share(accord: Accord, network: Network, own: Shared, reduction: Reduction, *, local: bool = False) -> Shared:
     """The same of all ranks: columns side by side in the order of ranks, gradients as of the whole batch's loss.
 
     Args:
@@ -47,6 +47,7 @@ def share(accord: Accord, network: Network, own: Shared, reduction: Reduction) -
         network: of this rank; the others' must be the same.
         own: what this rank found; nothing, if it has no samples.
         reduction: of the loss.
+        local: whether all columns stay where they are, as :class:`SpreadColumns`, whatever that costs later.
 
     Raises:
         NonFiniteError: if this rank's columns are not finite, so that nobody gets them.
@@ -72,7 +73,7 @@ def share(accord: Accord, network: Network, own: Shared, reduction: Reduction) -
     check_alike(plans, filled, network)
     first, counts, device = plans[filled[0]], accord.counts, blocks[0].parameters[0].device
     labels = [[Label.read(told) for _, _, told in plan["moves"]] for plan in plans]
-    stays = [label.form == "dense" and spreads(label.shapes[0], counts) for label in labels[filled[0]]]
+    stays = [local or (x.form == "dense" and spreads(x.shapes[0], counts)) for x in labels[filled[0]]]
     moving = [[label for label, stay in zip(of, stays, strict=False) if not stay] for of in labels]
     sent = [a, *(tensor for (*_, parts), stay in zip(parcels, stays, strict=False) if not stay for tensor in parts)]
     count, curved = first["end"] or (0, 0)
@@ -82,27 +83,22 @@ def share(accord: Accord, network: Network, own: Shared, reduction: Reduction) -
     received = accord.ranks.gather(as_bytes([tensor.cpu() for tensor in sent]), sizes)
     unread = sorted({i for plan in plans for i in plan["alone"]})
     gradients = _summed(accord, own.alone, [blocks[i] for i in unread], reduction)
-    accord.expect(1 + max(count * max(counts), 1))  # a stage and deviations
+    accord.expect(1 + max(0 if local else count * max(counts), 1))  # a stage and deviations
 
     opened = [_opened(received[q].to(device), count, moving[q], counts[q]) for q in filled]
     arrived = zip(*(columns for _, columns in opened), strict=True)
     found: list[Found] = []
     for k, ((at, i, _), stay) in enumerate(zip(first["moves"], stays, strict=True)):
         if stay:
-            (values,) = parcels[k][-1] if parcels else [_nothing(labels[filled[0]][k], device)]
-            columns: Columns = SpreadColumns(DenseColumns(values), accord.ranks, tuple(counts))
+            held = own.found[k][2] if own.found else labels[filled[0]][k].nothing(device)
+            plain = held.plain() if isinstance(held, ScaledColumns) else held
+            columns: Columns = SpreadColumns(plain, accord.ranks, tuple(counts))
         else:
             columns = over_batches(next(arrived))
         found.append((at, blocks[i], columns))
     weight = 1 / sum(counts) if reduction == "mean" else 1.0
     end = TerminalValue(torch.cat([a for a, _ in opened], 1), curved, weight) if first["end"] else None
     return Shared(found, gradients, end, all(plans[q]["whole"] for q in filled))
-
-
-def _nothing(label: Label, device: torch.device) -> Tensor:
-    """Formed gradients of no samples."""
-    columns, _, *shape = label.shapes[0]
-    return torch.zeros(columns, 0, *shape, dtype=getattr(torch, label.dtypes[0]), device=device)
 
 
 def _opened(data: Tensor, count: int, labels: Sequence[Label], batch: int) -> tuple[Tensor, list[Columns]]:
@@ -112,18 +108,37 @@ def _opened(data: Tensor, count: int, labels: Sequence[Label], batch: int) -> tu
     return a.clone().view(torch.float64).view(count, batch), columns
 
 
-def gathered_deviation(accord: Accord, stage: int, own: Tensor | None, columns: int) -> Tensor:
-    """``r = P' dx [R, N]`` of all ranks' samples at a stage's cut; ``own``: of this rank's, ``None`` is zero.
+def of_this_rank(accord: Accord, end: TerminalValue) -> TerminalValue:
+    """The value at the output of this rank's samples as if they stood for all; ``end``: of all."""
+    before, own = sum(accord.counts[: accord.ranks.rank]), accord.counts[accord.ranks.rank]
+    return TerminalValue(end.a[:, before : before + own], end.curved, end.weight * sum(accord.counts) / max(own, 1))
+
+
+def averaged(accord: Accord, own: Sequence[Tensor]) -> list[Tensor]:
+    """Means of the ranks' tensors, weighted by samples; sent as one."""
+    share = accord.counts[accord.ranks.rank] / sum(accord.counts)
+    flat = torch.cat([(x * share if share else torch.zeros_like(x)).flatten() for x in own])
+    parts = accord.ranks.sum(flat).split([x.numel() for x in own])
+    return [part.view_as(x) for part, x in zip(parts, own, strict=True)]
+
+
+def meet_at(accord: Accord, stage: int, *values: float | Tensor) -> Tensor:
+    """Numbers of all ranks ``[size, n]``, which have come to the same stage.
 
     Raises:
-        StepError: if the ranks have come to different stages.
+        StepError: if they have not.
     """
-    batch = accord.counts[accord.ranks.rank]
-    r = torch.zeros(columns, batch) if own is None else own
-    found = accord.exchange(float(stage), r)
+    found = accord.exchange(float(stage), *values)
     if bool((found[:, 0] != stage).any()):
         raise StepError("in their second forward passes the ranks ran the layers in different order")
-    parts = [part[1 : 1 + columns * n].view(columns, n) for part, n in zip(found, accord.counts, strict=True)]
+    return found[:, 1:]
+
+
+def gathered_deviation(accord: Accord, stage: int, own: Tensor | None, columns: int) -> Tensor:
+    """``r = P' dx [R, N]`` of all ranks' samples at a stage's cut; ``own``: of this rank's, ``None`` is zero."""
+    r = torch.zeros(columns, accord.counts[accord.ranks.rank]) if own is None else own
+    found = meet_at(accord, stage, r)
+    parts = [part[: columns * n].view(columns, n) for part, n in zip(found, accord.counts, strict=True)]
     return torch.cat(parts, 1).to(r.device)
 
 

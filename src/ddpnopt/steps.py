@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .bellman import BlockPolicy, BlockTerms, StagePolicy, backward_pass, size
-from .columns import Columns, DenseColumns
-from .coupling import Coupling, is_joint, relinearises
+from .columns import Columns, DenseColumns, SpreadColumns
+from .coupling import Coupling, is_joint, is_local, relinearises
 from .curvature.base import State
 from .dense import Dense, sweep
 from .joined import joined
@@ -24,7 +24,7 @@ from .passes import floating
 from .reading import blocks_by_stage, later_by_stage, name_the_silent, read_layer, read_tied
 from .relinearise import met
 from .rollout import forward_pass, restore_overwritten
-from .sharing import Found, Shared, gathered_deviation, share
+from .sharing import Found, Shared, averaged, gathered_deviation, meet_at, of_this_rank, share
 from .task import VELOCITY, Outcome, Task, wide
 from .terminal import Gradient
 from .value import BatchPolicy, BatchValue, SampleValue
@@ -71,6 +71,7 @@ def open_loop(task: Task) -> Outcome:
 def closed_loop(task: Task) -> Outcome:
     """Loose parameters first, then the backward and the forward pass over stages."""
     outcome, accord, stages = Outcome(), task.accord, task.network.stages
+    local = accord.several and is_local(task.coupling)
     linearised: list[Linearised] = []
     policies: dict[Stage, StagePolicy] = {}
     blocks: dict[Stage, list[tuple[Block, Columns]]] = {}
@@ -95,13 +96,16 @@ def closed_loop(task: Task) -> Outcome:
     alone = task.block_gradients(read)
     if not isinstance(task.coupling, Dense):
         found = [(stages.index(stage), *pair) for stage, pairs in blocks.items() for pair in pairs]
-        shared = share(accord, task.network, Shared(found, alone, end, whole is not None), task.terminal.reduction)
+        own = Shared(found, alone, end, whole is not None)
+        shared = share(accord, task.network, own, task.terminal.reduction, local=local)
         blocks, alone, end = _by_stage(stages, shared.found), shared.alone, shared.end
         whole = whole if shared.whole else None
         if end is not None:
+            seen = end.weight * end.a if local else None
+            end = of_this_rank(accord, end) if local else end
             value = _value(task.coupling, end.a, end.curved, end.weight)
             terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
-            swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.coupled())
+            swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.coupled(), seen=seen)
             policies = dict(zip(blocks, swept, strict=True))
     for block, gradient in alone.items():
         _move_alone(task, block, gradient, outcome)
@@ -109,8 +113,9 @@ def closed_loop(task: Task) -> Outcome:
     again: list[StagePolicy] = []
 
     def apply(stage: Stage, policy: StagePolicy, weights: Tensor) -> None:
-        for (block, _), part in zip(blocks[stage], policy.blocks, strict=True):
-            velocity = _move(block, part, weights)
+        mean = averaged(accord, [part.direction(weights) for part in policy.blocks]) if local else None
+        for i, ((block, _), part) in enumerate(zip(blocks[stage], policy.blocks, strict=True)):
+            velocity = _move(block, part, weights, None if mean is None else mean[i])
             outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
         k_weights, predicted = policy.policy.k_weights, policies[stage].policy.predicted
         outcome.figures[stage.name] = partial(_figures, policy.gram, k_weights, weights, predicted)
@@ -123,7 +128,11 @@ def closed_loop(task: Task) -> Outcome:
         return met(task.recorder, linearised, layer, own, policies[stage], args, kwargs)
 
     def gather(stage: Stage, r: Tensor | None) -> Tensor | None:
-        return r if end is None else gathered_deviation(accord, stages.index(stage), r, len(end.a))
+        if local:
+            meet_at(accord, stages.index(stage))
+            return r
+        assert end is not None
+        return gathered_deviation(accord, stages.index(stage), r, len(end.a))
 
     if task.recorder is not None:
         if not relinearises(task.coupling):
@@ -176,6 +185,8 @@ def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
     state, velocity = task.own_state(block)
     lr, decay, momentum = task.settings(block)
     control = wide(matrix_of(block, block.parameters)) if decay else None
+    if isinstance(columns, SpreadColumns) and is_local(task.coupling):
+        return BlockTerms(columns.own, control, velocity, lr, decay, momentum, state, seen=columns)
     return BlockTerms(columns, control, velocity, lr, decay, momentum, state)
 
 
@@ -213,12 +224,12 @@ def _with_velocity(state: State, velocity: Tensor | None) -> State:
     return state if velocity is None else {**state, VELOCITY: velocity}
 
 
-def _move(block: Block, part: BlockPolicy, weights: Tensor) -> Tensor | None:
+def _move(block: Block, part: BlockPolicy, weights: Tensor, direction: Tensor | None = None) -> Tensor | None:
+    """Move a block by its policy, or in a direction that is known already; returns the new velocity, if any."""
     sides = block.sides()
-    if all(side.data_ptr() == p.data_ptr() for side, p in zip(sides, block.parameters, strict=True)):
-        return part.move_(sides, weights)
-    velocity = part.move_(sides, weights)
-    _write(block, torch.cat(sides, 1))  # a parameter that is no view of its matrix, channels_last say
+    velocity = part.move_(sides, weights) if direction is None else part.follow_(sides, direction)
+    if not all(side.data_ptr() == p.data_ptr() for side, p in zip(sides, block.parameters, strict=True)):
+        _write(block, torch.cat(sides, 1))  # a parameter that is no view of its matrix, channels_last say
     return velocity
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Exact, Gradient, Identity, Kronecker, Matched, Sampled
+from ddpnopt import Adaptive, Batch, DDPNOpt, EigenKronecker, Exact, Gradient, Identity, Kronecker, Matched, Sampled
 from ddpnopt.terminal import Terminal
 
 BATCH = 48  # samples enough for factors of full rank, whose eigenbasis is one
@@ -85,6 +85,7 @@ class Program:
         parts: micro-batches per step.
         form: of the step: after backward, or a closure.
         empty: whether a rank goes without samples once.
+        twins: every rank has all samples.
     """
 
     model: Callable[[], nn.Module] = mlp
@@ -96,6 +97,7 @@ class Program:
     parts: int = 1
     form: str = "backward"
     empty: bool = True
+    twins: bool = False
 
 
 KRONECKER = Kronecker(refresh_every=2, average_every=1)
@@ -118,7 +120,18 @@ PROGRAMS: dict[str, Program] = {
     "pictures, eigen": Program(pictures, {"curvature": EigenKronecker(refresh_every=2)}),
     "pictures, exact": Program(pictures, terminal=lambda c: Exact(c)),
     "pictures, sample": Program(pictures, {"coupling": "sample", "lr": 0.01, "weight_decay": 0.01}),
-    "pictures, k-fac": Program(pictures, {"coupling": "sample", "feedback": False, "lr": 1e-3}),
+    "pictures, k-fac": Program(pictures, {"coupling": "sample", "feedback": False, "lr": 1e-4}),
+    "local": Program(Residual, {"coupling": Batch(local=True), "curvature": Identity(), "lr": 1e-4}),
+    "local, pictures": Program(pictures, {"coupling": Batch(local=True), "curvature": Identity(), "lr": 1e-4}),
+    "local twins": Program(Residual, {"coupling": Batch(local=True), "momentum": 0.5}, twins=True),
+    "local twins, pictures": Program(
+        pictures, {"coupling": Batch(local=True), "curvature": KRONECKER, "weight_decay": 0.01}, twins=True
+    ),
+    "local twins, adaptive": Program(Residual, {"coupling": Batch(local=True), "curvature": Adaptive()}, twins=True),
+    "local twins, eigen": Program(
+        settings={"coupling": Batch(local=True), "curvature": EigenKronecker()}, terminal=lambda c: Exact(c), twins=True
+    ),
+    "local twins, words": Program(Words, {"coupling": Batch(local=True)}, twins=True),
     "residual": Program(Residual),
     "residual, adaptive": Program(Residual, {"curvature": Adaptive()}),
     "words": Program(Words, {"curvature": KRONECKER}),
@@ -132,7 +145,7 @@ PROGRAMS: dict[str, Program] = {
     "sample": Program(settings={"coupling": "sample", "lr": 0.01}),
     "no feedback": Program(settings={"feedback": False}),
     "k-fac": Program(conv, {"coupling": "sample", "feedback": False, "lr": 1e-3, "momentum": 0.5}),
-    "ekfac": Program(settings={"curvature": EigenKronecker(), "coupling": "sample", "feedback": False, "lr": 1e-3}),
+    "ekfac": Program(settings={"curvature": EigenKronecker(), "coupling": "sample", "feedback": False, "lr": 1e-4}),
     "stages": Program(Residual, {"stages": ["first", "inner", "last"]}),
     "micro-batches": Program(Residual, parts=3, empty=False),
     "closure": Program(Residual, form="closure"),
@@ -180,7 +193,7 @@ def train(program: Program, rank: int = 0, size: int = 1) -> dict[str, Any]:
         settings["terminal"] = program.terminal(criterion)
     optimizer = DDPNOpt(wrapper if program.wrap == "given" else model, **settings)
     for step, (x, y) in enumerate(batches(program)):
-        own = cut(len(x), rank, size, empty=program.empty and step == EMPTY)
+        own = cut(len(x), rank, size, empty=program.empty and step == EMPTY) if not program.twins else slice(None)
         advance(program, optimizer, wrapper, x[own], y[own])
     return {
         "weights": [p.detach().clone() for p in model.parameters()],

@@ -34,6 +34,8 @@ class Spread:
         ranks: who has them.
         places: of this rank's rows among all, ascending.
         total: how many there are.
+
+    ``scale`` and ``count`` of a moment are then the share of this rank's rows in it.
     """
 
     ranks: Ranks
@@ -61,7 +63,8 @@ class Moment:
     def matrix(self) -> Tensor:
         """The factor; only its diagonal, as a vector, if it is wider than ``WIDEST``."""
         wide = self.side > WIDEST
-        return self._summed(self.rows.square().sum(0) if wide else self.rows.mT @ self.rows) * self.scale / self.count
+        own = self.rows.square().sum(0) if wide else self.rows.mT @ self.rows
+        return self._summed(own * self.scale / self.count)
 
     def times(self, values: Tensor) -> Tensor:
         """The factor times ``values [side, c]``."""
@@ -69,14 +72,14 @@ class Moment:
 
     def trace(self) -> Tensor:
         """Its trace."""
-        return self._summed(self.rows.square().sum()[None])[0] * self.scale / self.count
+        return self._summed((self.rows.square().sum() * self.scale / self.count)[None])[0]
 
     def samples(self, wanted: int) -> Tensor:
         """Some of the rows, evenly among all, at most ``wanted``."""
         total = len(self.rows) if self.spread is None else self.spread.total
-        chosen = torch.arange(0, total, max(1, total // wanted), device=self.rows.device)[:wanted]
+        chosen = torch.arange(0, total, max(1, total // wanted))[:wanted]
         if self.spread is None:
-            return self.rows[chosen]
+            return self.rows[chosen.to(self.rows.device)]
         places = self.spread.places
         at = torch.searchsorted(places, chosen).clamp_max(max(len(places) - 1, 0))
         own = self.rows.new_zeros(len(chosen), self.side)

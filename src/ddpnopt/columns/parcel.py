@@ -35,6 +35,13 @@ class Label:
         """Length of the parcel, in bytes."""
         return sum(prod(shape) * _dtype(name).itemsize for shape, name in zip(self.shapes, self.dtypes, strict=True))
 
+    def nothing(self, device: torch.device) -> Columns:
+        """Such columns of no samples."""
+        dims = {"outer": (1, 0), "dense": (1,), "rows": (0, 0, 1)}[self.form]  # where samples, or what they read, are
+        shapes = [(*shape[:dim], 0, *shape[dim + 1 :]) for shape, dim in zip(self.shapes, dims, strict=True)]
+        label = Label(self.form, tuple(shapes), self.dtypes, self.height)
+        return put_together(label, torch.empty(0, dtype=torch.uint8, device=device), 0)
+
     @staticmethod
     def read(told: Any) -> "Label":
         """A label from nested lists, as JSON has them."""

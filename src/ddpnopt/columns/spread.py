@@ -15,13 +15,13 @@ from .. import linalg
 from ..errors import StepError
 from ..inverse import Inverse, LowRank, Rotated, Separable, Side, sandwich, times
 from ..ranks import Ranks
-from .base import Columns, Moment, Spread, symmetric_product
+from .base import Columns, Diagonal, Moment, Spread, symmetric_product
 from .dense import DenseColumns
 
 
 @dataclass(frozen=True)
 class SpreadColumns(Columns):
-    """Formed gradients of this rank's samples, standing for those of all.
+    """Columns of this rank's samples, standing for those of all.
 
     Args:
         own: of this rank's.
@@ -29,7 +29,7 @@ class SpreadColumns(Columns):
         counts: samples of each rank.
     """
 
-    own: DenseColumns
+    own: Columns
     ranks: Ranks
     counts: tuple[int, ...]
 
@@ -54,7 +54,7 @@ class SpreadColumns(Columns):
         return self._gathered(self.own.directional(direction).mT).mT
 
     def gram(self, inverse: Inverse) -> Tensor:
-        values = sandwich(_root(inverse), self.own.values, None)
+        values = sandwich(_root(inverse), self.own.dense().values, None)
         rows = [len(part) for part in torch.arange(values.shape[2]).tensor_split(self.ranks.size)]
         mine, width = rows[self.ranks.rank], self.count * values.shape[3]
         slices = torch.cat([part.flatten() for part in values.split(rows, 2)])
@@ -73,16 +73,36 @@ class SpreadColumns(Columns):
     def solve_weighted(self, inverse: Inverse, weights: Tensor) -> Tensor:
         return inverse.solve(self.weighted(weights))
 
-    def moments(self) -> tuple[Moment, Moment]:
-        gradients = self.own.values.flatten(0, 1)
+    def moments(self) -> tuple[Moment | Diagonal, Moment | Diagonal]:
+        if isinstance(self.own, DenseColumns):
+            return self._formed_moments(self.own.values)
+        S, A = (self._shared(moment) for moment in self.own.moments())
+        return S, A
+
+    def _formed_moments(self, values: Tensor) -> tuple[Moment, Moment]:
+        """As :meth:`DenseColumns.moments`, the root of the trace over all samples."""
+        gradients = values.flatten(0, 1)
         root = (self.ranks.sum(gradients.square().sum()[None])[0] / self.batch).sqrt()
         scale = torch.where(root == 0, 0.0, 1 / (self.batch * root))
         by_out, by_fan_in = gradients.transpose(0, 1).flatten(1).mT, gradients.flatten(0, 1)
-        out, fan_in = self.own.values.shape[2:]
+        out, fan_in = values.shape[2:]
         return Moment(by_out, 1, scale, self._spread(fan_in)), Moment(by_fan_in, 1, scale, self._spread(out))
 
+    def _shared(self, moment: Moment | Diagonal) -> Moment | Diagonal:
+        """The mean of the ranks' own moments, weighted by samples."""
+        own = self.counts[self.ranks.rank]
+        share = own / self.batch
+        if isinstance(moment, Diagonal):
+            return Diagonal(self.ranks.sum(moment.values * share if own else torch.zeros_like(moment.values)))
+        lengths = [int(n) for n in torch.stack(self.ranks.gather(torch.tensor([len(moment.rows)])))]
+        before = sum(lengths[: self.ranks.rank])
+        places = torch.arange(before, before + len(moment.rows), device=moment.rows.device)
+        return Moment(moment.rows, max(moment.count, 1), moment.scale * share, Spread(self.ranks, places, sum(lengths)))
+
     def squares(self, out: Tensor | None, fan_in: Tensor | None) -> Tensor:
-        return self.ranks.sum(sandwich(out, self.own.values, fan_in).square().sum((0, 1)) / self.batch)
+        own = self.counts[self.ranks.rank]
+        squares = self.own.squares(out, fan_in)
+        return self.ranks.sum(squares * (own / self.batch) if own else torch.zeros_like(squares))
 
     def combined(self, weights: Tensor) -> "SpreadColumns":
         return SpreadColumns(self.own.combined(weights[:, self._place]), self.ranks, self.counts)
@@ -93,11 +113,11 @@ class SpreadColumns(Columns):
     def first(self, count: int) -> "SpreadColumns":
         return SpreadColumns(self.own.first(count), self.ranks, self.counts)
 
-    def absent(self, batch: int) -> DenseColumns:
+    def absent(self, batch: int) -> Columns:
         return self.own.absent(batch)
 
     def dense(self) -> DenseColumns:
-        return DenseColumns(self._gathered(self.own.values.transpose(0, 1)).transpose(0, 1))
+        return DenseColumns(self._gathered(self.own.dense().values.transpose(0, 1)).transpose(0, 1))
 
     def _gathered(self, values: Tensor) -> Tensor:
         """``[B, ...]`` of all ranks' samples from ``[B, ...]`` of this rank's."""
@@ -115,7 +135,7 @@ class SpreadColumns(Columns):
 
     def _spread(self, each: int) -> Spread:
         """Where this rank's rows are among all, with ``each`` rows to a column."""
-        places = torch.arange(self.count * self.batch * each, device=self.own.values.device)
+        places = torch.arange(self.count * self.batch * each)
         return Spread(self.ranks, places.view(self.count, self.batch, each)[:, self._place].flatten(), len(places))
 
 
