@@ -227,8 +227,9 @@ twice what SGD's does.
 
 ## How far `Batch(local=True)` is from the exact step
 
-DIGITS, the paper's dense network of width 32, {max(given.ranks)} ranks with {BATCH} samples each, {given.training} steps, one seed: the distance between the two forms' first updates over the length of the exact one's, and the loss over
-all training samples at the end.
+DIGITS, the paper's dense network of width 32, {max(given.ranks)} ranks, {BATCH} samples each, {given.training} steps,
+one seed: the distance between the two forms' first updates over the length of the exact one's, and the loss over all
+training samples at the end.
 
 {local}
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .accord import Accord, ScalerError
-from .compiled import refuse_compiled
+from .compiled import plain
 from .coupling import Coupling, is_joint
 from .curvature import Curvature, Kronecker
 from .dense import Dense
@@ -121,14 +121,14 @@ class DDPNOpt(torch.optim.Optimizer):
         check_options(self.curvature, self.terminal, coupling, feedback, on_nonfinite)
         check_stages(coupling, stages)
         check_numbers({"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        if isinstance(coupling, Dense):
-            check_chain(model_or_params)
         wrapper: Any = None
         if isinstance(model_or_params, nn.Module):
-            model_or_params, wrapper = unwrapped(model_or_params)
+            inner, wrapper = unwrapped(plain(model_or_params))
+            model_or_params = plain(inner)
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
         self._group = wrapper.process_group if process_group is None and wrapper is not None else process_group
-        refuse_compiled(self.model)
+        if isinstance(coupling, Dense):
+            check_chain(model_or_params)
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._steps = 0
@@ -264,11 +264,9 @@ class DDPNOpt(torch.optim.Optimizer):
     def _evaluate(self, closure: Callable[[], Any] | None) -> Evaluated:
         needs_graph = self.terminal.needs_loss and not self._is_base
         every = self._is_base
-        found = evaluate(
+        return evaluate(
             closure, self._recorder, self._network, list(self._group_of), every=every, keep_graph=needs_graph
         )
-        refuse_compiled(self.model, seen=self._recorder is not None and self._recorder.compiled)
-        return found
 
     def _solve(self, found: Evaluated, scale: float | None, accord: Accord) -> Outcome:
         """Move the weights, or raise and leave them."""

@@ -86,6 +86,7 @@ class Program:
         form: of the step: after backward, or a closure.
         empty: whether a rank goes without samples once.
         twins: every rank has all samples.
+        apart: how far weights may be from those of one process.
     """
 
     model: Callable[[], nn.Module] = mlp
@@ -98,6 +99,7 @@ class Program:
     form: str = "backward"
     empty: bool = True
     twins: bool = False
+    apart: float = 1e-10
 
 
 KRONECKER = Kronecker(refresh_every=2, average_every=1)
@@ -121,8 +123,10 @@ PROGRAMS: dict[str, Program] = {
     "pictures, exact": Program(pictures, terminal=lambda c: Exact(c)),
     "pictures, sample": Program(pictures, {"coupling": "sample", "lr": 0.01, "weight_decay": 0.01}),
     "pictures, k-fac": Program(pictures, {"coupling": "sample", "feedback": False, "lr": 1e-4}),
-    "local": Program(Residual, {"coupling": Batch(local=True), "curvature": Identity(), "lr": 1e-4}),
-    "local, pictures": Program(pictures, {"coupling": Batch(local=True), "curvature": Identity(), "lr": 1e-4}),
+    "local": Program(Residual, {"coupling": Batch(local=True), "curvature": Identity(), "lr": 1e-4}, apart=1e-6),
+    "local, pictures": Program(
+        pictures, {"coupling": Batch(local=True), "curvature": Identity(), "lr": 1e-4}, apart=1e-7
+    ),
     "local twins": Program(Residual, {"coupling": Batch(local=True), "momentum": 0.5}, twins=True),
     "local twins, pictures": Program(
         pictures, {"coupling": Batch(local=True), "curvature": KRONECKER, "weight_decay": 0.01}, twins=True
