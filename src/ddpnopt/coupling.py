@@ -6,7 +6,7 @@ from typing import Literal
 from .dense import Dense
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Batch:
     """``coupling=Batch(...)``: the joint problem of all samples, with its options; ``Batch()`` is ``"batch"``.
 
@@ -65,6 +65,10 @@ class Batch:
         for name, given in (("relinearise", self.relinearise), ("local", self.local)):
             if not isinstance(given, bool):
                 raise TypeError(f"Batch: {name} must be True or False, got {given!r}")
+
+    def __repr__(self) -> str:
+        on = [f"{name}=True" for name in ("relinearise", "local") if getattr(self, name)]
+        return f"Batch({', '.join(on)})"
 
 
 Coupling = Literal["batch", "sample"] | Batch | Dense

@@ -74,7 +74,8 @@ class DDPNOpt(torch.optim.Optimizer):
             ``"skip"``: leave it out and count it in :meth:`diagnostics`. What the forward pass itself has changed
             (running statistics, random generators) stays, as after any forward pass.
         process_group: of ``torch.distributed``, whose ranks share the batch: the step is that of all their samples
-            (``docs/distributed.md``). Default: the wrapper's, else the default group where there is one.
+            (``docs/distributed.md``). Default: the wrapper's, else the default group where there is one, as for a
+            copy or an unpickled optimizer, since groups are neither copied nor pickled.
 
     Raises:
         ValueError: if a number is out of range, ``coupling`` or ``on_nonfinite`` is unknown, ``coupling`` is
@@ -137,7 +138,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._skipped = 0
         self._last: Outcome | None = None
         self._closed = False
-        self.traffic = Traffic()
+        self.traffic = Traffic()  # what this rank has sent
         self._connect()
         if wrapper is not None and self._recorder is not None:
             self._recorder.inside(wrapper)
@@ -370,4 +371,5 @@ class DDPNOpt(torch.optim.Optimizer):
         super().__setstate__(state)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
+            self._group, self.traffic = None, Traffic()
             self._connect()

@@ -1,6 +1,7 @@
 """What the ranks run: training loops as data, each the same in one process with the concatenated batch."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,17 @@ class Words(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.last(torch.tanh(self.inner(self.table(x).mean(1))))
         return out
+
+
+class Unread(nn.Module):
+    """A layer whose parameters are used without a call of it, so that they have no columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.tanh(self.first(x)), self.last.weight, self.last.bias)
 
 
 def mlp() -> nn.Module:
@@ -138,6 +150,11 @@ PROGRAMS: dict[str, Program] = {
     "local twins, words": Program(Words, {"coupling": Batch(local=True)}, twins=True),
     "residual": Program(Residual),
     "residual, adaptive": Program(Residual, {"curvature": Adaptive()}),
+    "unread": Program(Unread, {"momentum": 0.5}),
+    "unread, of a sum": Program(
+        Unread, {"lr": 0.01}, terminal=lambda c: Gradient("sum"), criterion=nn.CrossEntropyLoss(reduction="sum")
+    ),
+    "unread, a wrapper": Program(Unread, wrap="given"),
     "words": Program(Words, {"curvature": KRONECKER}),
     "gradient of a sum": Program(
         settings={"lr": 0.01}, terminal=lambda c: Gradient("sum"), criterion=nn.CrossEntropyLoss(reduction="sum")
@@ -197,6 +214,7 @@ def train(program: Program, rank: int = 0, size: int = 1) -> dict[str, Any]:
         settings["terminal"] = program.terminal(criterion)
     optimizer = DDPNOpt(wrapper if program.wrap == "given" else model, **settings)
     for step, (x, y) in enumerate(batches(program)):
+        warnings.filterwarnings("ignore", message=".*it was not seen to run")
         own = cut(len(x), rank, size, empty=program.empty and step == EMPTY) if not program.twins else slice(None)
         advance(program, optimizer, wrapper, x[own], y[own])
     return {

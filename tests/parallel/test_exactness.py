@@ -8,10 +8,11 @@ import torch
 from launch import launch
 from programs import PROGRAMS, train, train_all
 
+LONG = [name for name, program in PROGRAMS.items() if program.steps == 20]  # every curvature, dense and convolutions
 SIZES = {
-    2: [n for n, p in PROGRAMS.items() if p.steps == 20 or p.wrap],
+    2: [name for name in PROGRAMS if (name in LONG and "conv" not in name) or PROGRAMS[name].wrap],
     3: [*PROGRAMS],
-    4: [n for n, p in PROGRAMS.items() if p.steps == 20],
+    4: [name for name in LONG if "conv" in name],
 }
 
 

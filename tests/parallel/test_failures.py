@@ -85,7 +85,7 @@ def test_what_works_in_one_process_only_is_refused_by_name() -> None:
     for rank in incidents():
         dense, relinearised = rank["refused"]["told"]
         assert dense.startswith(f"StepError: this process group has {SIZE} ranks, and coupling=Dense(")
-        assert "coupling=Batch(relinearise=True" in relinearised
+        assert "coupling=Batch(relinearise=True)" in relinearised
 
 
 def test_sharded_parameters_are_refused_with_the_way_out() -> None:
