@@ -26,6 +26,7 @@ bench: $(READY)  ## the pages of docs/results but the paper's and conformance (a
 	$(BIN)/python benchmarks/relinearise.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/batch_norm.py
+	$(BIN)/python benchmarks/distributed_bytes.py
 
 reproduce: $(READY)  ## the paper's experiments, full settings (hours; resumable): docs/results/paper/reproduce
 	$(BIN)/ddpnopt reproduce --out docs/results/paper --storage $(RUNS)

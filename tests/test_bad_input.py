@@ -350,21 +350,6 @@ def test_exception_in_the_rollout(error: type[BaseException]) -> None:
     assert not equal(before[1], optimizer.state_dict())
 
 
-def test_several_ranks_are_refused_where_columns_would_have_to_travel(
-    ready: Ready, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case, optimizer, criterion = ready
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
-    good_step(case, optimizer, criterion)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    before = snapshot(case, optimizer)
-    with pytest.raises(StepError, match="2 ranks"):
-        good_step(case, optimizer, criterion)
-    assert equal(before, snapshot(case, optimizer))
-    good_step(case, DDPNOpt(case.model, curvature=Identity(), coupling="sample", feedback=False), criterion)
-
-
 def test_exception_in_the_closure(ready: Ready) -> None:
     case, optimizer, criterion = ready
 

@@ -23,6 +23,7 @@ class BlockTerms:
             without momentum.
         lr, decay, momentum: step size ``eta``, stage cost ``decay / 2 |u|^2``, weight of the last update.
         state: the curvature's.
+        seen: columns that the curvature is built from, where they are not these: those of all ranks' samples.
     """
 
     columns: Columns
@@ -32,6 +33,7 @@ class BlockTerms:
     decay: float
     momentum: float
     state: State
+    seen: Columns | None = None
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,22 @@ class BlockPolicy:
         if self.offset is None and not terms.momentum:
             terms.columns.move_(control, self.inverse, weights, -terms.lr)
             return None
+        return self.follow_(control, self.direction(weights))
+
+    def direction(self, weights: Tensor) -> Tensor:
+        """``M^-1 (U' w + stage cost) + momentum v``: minus the change of ``u`` over ``lr``, ``[out, fan_in]``."""
+        terms = self.terms
         direction = terms.columns.solve_weighted(self.inverse, weights)
         if self.offset is not None:
             direction = direction + self.offset
         if terms.momentum and terms.velocity is not None:
             direction = direction + terms.momentum * terms.velocity
-        add_(control, direction, -terms.lr)
-        return direction if terms.momentum else None
+        return direction
+
+    def follow_(self, control: Sequence[Tensor], direction: Tensor) -> Tensor | None:
+        """Move ``u`` by ``-lr`` times a direction; returns the new velocity, if there is one."""
+        add_(control, direction, -self.terms.lr)
+        return direction if self.terms.momentum else None
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,13 @@ def size(gram: Tensor, weights: Tensor) -> Tensor:
 
 
 def backward_pass(
-    stages: Sequence[Sequence[BlockTerms]], value: Value, curvature: Curvature, curved: int, *, feedback: bool
+    stages: Sequence[Sequence[BlockTerms]],
+    value: Value,
+    curvature: Curvature,
+    curved: int,
+    *,
+    feedback: bool,
+    seen: Tensor | None = None,
 ) -> list[StagePolicy]:
     """Sweep from the last stage to the first; policies come back in the order of ``stages``.
 
@@ -108,8 +125,9 @@ def backward_pass(
         curvature: ``M``'s settings.
         curved: how many of the columns span the loss's curvature; the rest carry the gradient alone.
         feedback: ``False``: ``Q_ux = 0``, stages do not see one another.
+        seen: ``V_x`` as weights on the columns that the curvature is built from, where those are others.
     """
-    nominal = value.v_x
+    nominal = value.v_x if seen is None else seen
     policies: list[StagePolicy] = []
     for blocks in reversed(stages):
         ready = [block_policy(terms, curvature, value, nominal, curved) for terms in blocks]
@@ -148,13 +166,15 @@ def block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal:
     ridge = curvature.ridge(terms.lr, terms.decay, batch=sample is None)
     cost = None if terms.control is None else terms.decay * terms.control
 
+    seen = terms.columns if terms.seen is None else terms.seen
+
     def gradient() -> Tensor:
-        own = terms.columns.weighted(nominal if sample is None else sample.v_x)
+        own = seen.weighted(nominal if sample is None else sample.v_x)
         return own if cost is None else own + cost
 
     columns = None
     if curvature.needs_columns:
-        columns = terms.columns.first(curved) if sample is None else terms.columns.combined(sample.a)
+        columns = seen.first(curved) if sample is None else seen.combined(sample.a)
     state = curvature.advance(terms.state, columns, gradient, ridge)
     inverse = curvature.inverse(state, ridge)
     return BlockPolicy(terms, inverse, None if cost is None else inverse.solve(cost), state)

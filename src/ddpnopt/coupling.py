@@ -6,7 +6,7 @@ from typing import Literal
 from .dense import Dense
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Batch:
     """``coupling=Batch(...)``: the joint problem of all samples, with its options; ``Batch()`` is ``"batch"``.
 
@@ -30,11 +30,18 @@ class Batch:
     Beyond the published method (Liu, Chen and Theodorou, ICLR 2021, arXiv 2002.08809, whose dynamics are of first
     order); :func:`ddpnopt.reference.dense_step` specifies it.
 
+    With ``local``, where several ranks share the batch, each solves the problem of its own samples as if they stood
+    for all, and the ranks' updates are averaged stage by stage, weighted by samples; the curvature is of all samples.
+    A step then sends what plain data-parallel SGD sends (one average of all weights' updates) and no columns; it is
+    that of the whole batch to first order in ``lr`` only (``docs/results/distributed_bytes.md`` has how far apart).
+    In one process it has no effect.
+
     Args:
         relinearise: whether to; default ``False``.
+        local: whether ranks couple their own samples only; default ``False``.
 
     Raises:
-        TypeError: if ``relinearise`` is not a bool.
+        TypeError: if ``relinearise`` or ``local`` is not a bool.
         ValueError: by ``DDPNOpt``, if ``stages`` is given as well: what is inside one moves together, before its
             layers' inputs are known.
 
@@ -52,10 +59,16 @@ class Batch:
     """
 
     relinearise: bool = False
+    local: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.relinearise, bool):
-            raise TypeError(f"Batch: relinearise must be True or False, got {self.relinearise!r}")
+        for name, given in (("relinearise", self.relinearise), ("local", self.local)):
+            if not isinstance(given, bool):
+                raise TypeError(f"Batch: {name} must be True or False, got {given!r}")
+
+    def __repr__(self) -> str:
+        on = [f"{name}=True" for name in ("relinearise", "local") if getattr(self, name)]
+        return f"Batch({', '.join(on)})"
 
 
 Coupling = Literal["batch", "sample"] | Batch | Dense
@@ -69,3 +82,8 @@ def is_joint(coupling: Coupling) -> bool:
 def relinearises(coupling: Coupling) -> bool:
     """Whether stages are solved again at the state that the rollout meets."""
     return isinstance(coupling, Batch) and coupling.relinearise
+
+
+def is_local(coupling: Coupling) -> bool:
+    """Whether each rank couples its own samples only."""
+    return isinstance(coupling, Batch) and coupling.local

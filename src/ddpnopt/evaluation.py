@@ -32,6 +32,10 @@ class Evaluated:
     gradients: Mapping[nn.Parameter, Tensor]
     graph: Tensor | None = None
 
+    def empty(self, recorder: Recorder) -> bool:
+        """Whether all batches were of length 0."""
+        return not any(p.batch for p in self.passes) and (bool(self.passes) or recorder.empty)
+
     def unscaled(self, loss_scale: float) -> Mapping[nn.Parameter, Tensor]:
         """The gradients of the loss itself, if it had been multiplied by ``loss_scale``."""
         if loss_scale == 1.0:
@@ -88,16 +92,19 @@ def evaluate(
     return Evaluated(loss, [*earlier, *fresh], gradients, loss if keep_graph else None)
 
 
-def check_evaluated(found: Evaluated, network: Network | None) -> None:
+def check_evaluated(found: Evaluated, network: Network | None, *, empty: bool = False) -> None:
     """Raise :class:`StepError` if there is nothing to step from, or the model's layers were not seen to run.
 
     Args:
         found: to be checked.
         network: of the model; ``None`` for bare parameters, where a step without a gradient does nothing, as in torch.
+        empty: whether this is one of several ranks, and its batch is known to be empty.
 
     Raises:
         NonFiniteError: if the loss is not finite.
     """
+    if empty:
+        return
     if any(p.batch == 0 for p in found.passes):
         raise StepError("the batch is empty: the model was called on an input of length 0")
     loss = found.loss

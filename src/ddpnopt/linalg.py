@@ -42,7 +42,9 @@ def inverse(matrix: Tensor) -> tuple[Tensor | None, int]:
     factor, failures = cholesky(symmetrise(matrix))
     if factor is None:
         return None, failures
-    return symmetrise(torch.cholesky_inverse(factor)).to(matrix.dtype), failures
+    found = symmetrise(torch.cholesky_inverse(factor)).to(matrix.dtype)
+    # LAPACK's come by columns, and products round by layout, which not every checkpoint keeps
+    return found.contiguous(), failures
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor | None, int]:
@@ -59,7 +61,7 @@ def eigenbasis(matrix: Tensor) -> tuple[Tensor | None, int]:
                 failures += 1
                 continue
             if bool(torch.isfinite(basis).all()):
-                return basis.to(matrix.dtype), failures
+                return basis.to(matrix.dtype).contiguous(), failures
             failures += 1
     return None, failures
 

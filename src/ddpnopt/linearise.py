@@ -81,6 +81,7 @@ def linearise(
     recorder: Recorder,
     loss: Tensor | None,
     step: int,
+    before: int = 0,
     loss_scale: float = 1.0,
 ) -> tuple[list[Linearised], TerminalValue]:
     """Columns and value at the output of the passes of one step.
@@ -92,6 +93,7 @@ def linearise(
         recorder: runs a pass again where its graph is gone.
         loss: of the closure that left its graph, or ``None``.
         step: number of the step, for random columns.
+        before: how many samples of the batch are on ranks before this one, for the same.
         loss_scale: what the loss had been multiplied by before its backward pass (a GradScaler's doing).
 
     Raises:
@@ -110,7 +112,7 @@ def linearise(
         linearised = [Linearised(p, scale * (per_weight / loss_scale)) for p, scale in zip(passes, scales, strict=True)]
         return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
     assert isinstance(terminal, Factored)
-    pulled = [_pulled(p, terminal, recorder, loss, step, share(p)) for p in passes]
+    pulled = [_pulled(p, terminal, recorder, loss, (step, before), share(p)) for p in passes]
     count, root = pulled[0][1], 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
     a = torch.zeros(count, batch, dtype=torch.float64, device=pulled[0][2])
     a[-1] = root
@@ -198,7 +200,7 @@ def _multiple(recorded: Pass, loss: OutputLoss, share: float, name: str) -> floa
 
 
 def _pulled(
-    recorded: Pass, terminal: Factored, recorder: Recorder, loss: Tensor | None, step: int, share: float
+    recorded: Pass, terminal: Factored, recorder: Recorder, loss: Tensor | None, place: tuple[int, int], share: float
 ) -> tuple[Pass, int, torch.device]:
     """The pass with columns ``[R + 1, B, ...]`` for cotangents: ``Z``, then the gradient; their count; the device.
 
@@ -208,7 +210,7 @@ def _pulled(
         at_output = _output_loss(recorded, terminal, loss, share)
         root = 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
         gradient = at_output.gradient().detach() / (at_output.weight * root)
-        factor = torch.cat([terminal.factor(at_output, step).detach(), gradient[None]])
+        factor = torch.cat([terminal.factor(at_output, *place).detach(), gradient[None]])
         leaf = _leaf(recorded)
         again = recorded if loss is not None and recorded.edges and not recorded.reached else recorder.again(recorded)
         again.criterion, given = recorded.criterion, at_output.output

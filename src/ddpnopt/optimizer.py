@@ -10,33 +10,36 @@ from typing import Any
 import torch
 from torch import nn
 
+from .accord import Accord, ScalerError
 from .clipping import NO_FACTOR, Witness
 from .compiled import plain
 from .coupling import Coupling, is_joint
 from .curvature import Curvature, Kronecker
 from .dense import Dense
 from .errors import NonFiniteError, StepError
-from .evaluation import check_evaluated, evaluate
+from .evaluation import Evaluated, check_evaluated, evaluate
 from .layers import mixes_samples
 from .network import Network, is_chain, read_network
 from .options import (
     OnNonfinite,
-    check_alone,
     check_chain,
     check_group,
     check_numbers,
     check_options,
+    check_several,
     check_stages,
     named,
 )
-from .persistence import loading, saving
+from .persistence import loading, saving, with_numbers
+from .ranks import Ranks, Traffic, find_ranks
 from .report import Report, describe
 from .scaling import found_scale, told_scale
-from .steps import closed_loop, open_loop
+from .steps import closed_loop, open_loop, settle
 from .task import Outcome, Task
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .transaction import Transaction
+from .wrapped import unwrapped
 
 
 class DDPNOpt(torch.optim.Optimizer):
@@ -49,9 +52,9 @@ class DDPNOpt(torch.optim.Optimizer):
     step at every learning rate.
 
     Args:
-        model_or_params: the module to train (all its parameters that require a gradient, one group), or
-            parameters or groups as for any ``torch.optim.Optimizer``; parameters without their module get the
-            curvature's step alone.
+        model_or_params: the module to train (all its parameters that require a gradient, one group), bare or in a
+            ``DistributedDataParallel``; or parameters or groups as for any ``torch.optim.Optimizer``: parameters
+            without their module get the curvature's step alone.
         lr: step size ``eta`` of ``R = M / eta + ...``; default 0.1.
         curvature: ``Kronecker()`` (default), ``EigenKronecker()``, ``Adaptive()`` or ``Identity()``.
         terminal: ``Gradient()`` (default), or ``Matched``, ``Exact``, ``Sampled`` with the loss module.
@@ -71,6 +74,9 @@ class DDPNOpt(torch.optim.Optimizer):
             changes neither weights nor state. ``"raise"`` (default): :class:`StepError` naming the layer;
             ``"skip"``: leave it out and count it in :meth:`diagnostics`. What the forward pass itself has changed
             (running statistics, random generators) stays, as after any forward pass.
+        process_group: of ``torch.distributed``, whose ranks share the batch: the step is that of all their samples
+            (``docs/distributed.md``). Default: the wrapper's, else the default group where there is one, as for a
+            copy or an unpickled optimizer, since groups are neither copied nor pickled.
 
     Raises:
         ValueError: if a number is out of range, ``coupling`` or ``on_nonfinite`` is unknown, ``coupling`` is
@@ -109,6 +115,7 @@ class DDPNOpt(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         stages: Sequence[str | nn.Module] | None = None,
         on_nonfinite: OnNonfinite = "raise",
+        process_group: Any = None,
     ):
         self.curvature = Kronecker() if curvature is None else curvature
         self.terminal = Gradient() if terminal is None else terminal
@@ -116,9 +123,14 @@ class DDPNOpt(torch.optim.Optimizer):
         check_options(self.curvature, self.terminal, coupling, feedback, on_nonfinite)
         check_stages(coupling, stages)
         check_numbers({"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.model = plain(model_or_params) if isinstance(model_or_params, nn.Module) else None
+        wrapper: Any = None
+        if isinstance(model_or_params, nn.Module):
+            inner, wrapper = unwrapped(plain(model_or_params))
+            model_or_params = plain(inner)
+        self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
+        self._group = wrapper.process_group if process_group is None and wrapper is not None else process_group
         if isinstance(coupling, Dense):
-            check_chain(self.model)
+            check_chain(model_or_params)
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._steps = 0
@@ -127,7 +139,10 @@ class DDPNOpt(torch.optim.Optimizer):
         self._skipped = 0
         self._last: Outcome | None = None
         self._closed = self._warned = False
+        self.traffic = Traffic()  # what this rank has sent
         self._connect()
+        if wrapper is not None and self._recorder is not None:
+            self._recorder.inside(wrapper)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its ``lr``, ``momentum`` and ``weight_decay`` are checked as at construction."""
@@ -213,14 +228,9 @@ class DDPNOpt(torch.optim.Optimizer):
             raise StepError("this optimizer was closed; make a new one to go on training")
         for group in self.param_groups:
             check_numbers(group)
-        if self.model is not None and not (self._is_base and not self.curvature.needs_columns):
-            check_alone()
         self._refresh_network()
         try:
-            if bool(getattr(self, "found_inf", False)):  # a GradScaler's word
-                self._skipped += 1
-                return None
-            return self._step(closure, told_scale(self, closure))
+            return self._step(closure)
         except BaseException:
             # a scaler takes its marks back after a step that returns, and only then
             self.__dict__.pop("found_inf", None)
@@ -234,39 +244,72 @@ class DDPNOpt(torch.optim.Optimizer):
         """Whether this is the optimizer that is adapted, and no more: SGD, RMSprop or EKFAC."""
         return not is_joint(self.coupling) and not self.feedback
 
-    def _step(self, closure: Callable[[], Any] | None, scale: float | None) -> Any:
-        needs_graph = self.terminal.needs_loss and not self._is_base
-        found = evaluate(
-            closure, self._recorder, self._network, list(self._group_of), every=self._is_base, keep_graph=needs_graph
-        )
-        gradients = found.unscaled(1.0 if scale is None else scale)
-        clip = 1.0 if scale is None else self._clip()  # else the scale is found together with it
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        accord, loss = Accord(self._find_ranks()), None
         try:
-            with Transaction(self._names, self.model, found.passes, gradients, self._room) as transaction:
-                check_evaluated(found, self._network if self._recorder is not None else None)
-                task = Task(
-                    self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal,
-                    self.coupling, self.feedback, self._recorder, found.passes, gradients, found.graph,
-                    scale or 1.0, clip, self._steps,
-                )  # fmt: skip
-                if scale is None and self._recorder is not None:
-                    task = replace(task, loss_scale=found_scale(task))
-                outcome = open_loop(task) if self._is_base else closed_loop(task)
-                transaction.check(outcome.states, self.state)
+            with accord.together():
+                if accord.several:
+                    check_several(accord.ranks.size, self.coupling)
+                if bool(getattr(self, "found_inf", False)):  # a GradScaler's word
+                    raise ScalerError("the GradScaler has found a gradient that is not finite")
+                scale = told_scale(self, closure)
+                found = self._evaluate(closure)
+                loss = found.loss
+                outcome = self._solve(found, scale, accord)
+        except ScalerError:
+            self._skipped += 1
         except NonFiniteError:
             if self.on_nonfinite == "raise":
                 raise
             self._skipped += 1
         else:
             self._commit(outcome)
-        return found.loss
+        return loss
+
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Evaluated:
+        needs_graph = self.terminal.needs_loss and not self._is_base
+        every = self._is_base
+        return evaluate(
+            closure, self._recorder, self._network, list(self._group_of), every=every, keep_graph=needs_graph
+        )
+
+    def _solve(self, found: Evaluated, scale: float | None, accord: Accord) -> Outcome:
+        """Move the weights, or raise and leave them."""
+        network = self._network if self._recorder is not None else None
+        gradients = found.unscaled(1.0 if scale is None else scale)
+        # after unscale_ the scale is found together with a clip; on several ranks .grad is of a rank's own samples
+        clip = 1.0 if scale is None or accord.several else self._clip()
+        with Transaction(self._names, self.model, found.passes, gradients, self._room) as transaction:
+            empty = accord.several and self._recorder is not None and found.empty(self._recorder)
+            check_evaluated(found, network, empty=empty)
+            passes = [p for p in found.passes if p.batch or not accord.several]
+            accord.count(sum(p.batch for p in passes))
+            task = Task(
+                self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal,
+                self.coupling, self.feedback, self._recorder, passes, {} if empty else gradients, found.graph,
+                scale or 1.0, clip, self._steps, accord,
+            )  # fmt: skip
+            if scale is None and self._recorder is not None:
+                task = replace(task, loss_scale=found_scale(task))
+            outcome = open_loop(task) if self._is_base else closed_loop(task)
+            transaction.check(outcome.states, self.state)
+            settle(task, outcome)
+        return outcome
+
+    def _find_ranks(self) -> Ranks:
+        """With whom to share the step; the adapted optimizer that needs no columns reads ``.grad``, as torch's do."""
+        if self.model is None or (self._is_base and not self.curvature.needs_columns) or not self._group_of:
+            return Ranks()
+        found = find_ranks(self._group, next(iter(self._group_of)).device)
+        found.traffic = self.traffic
+        return found
 
     def _clip(self) -> float:
         """What all gradients were multiplied by since the backward pass."""
         factor = self._witness.factor() if self._witness is not None else 1.0
         if factor is None and not self._warned:
             self._warned = True
-            warnings.warn(NO_FACTOR, stacklevel=5)
+            warnings.warn(NO_FACTOR, stacklevel=6)
         return 1.0 if factor is None else factor
 
     def _commit(self, outcome: Outcome) -> None:
@@ -294,9 +337,11 @@ class DDPNOpt(torch.optim.Optimizer):
             # the dense form starts from the gradient at the model's output
             outputs = [self.model] if isinstance(self.coupling, Dense) else []
             whole = self.stages is None and self.feedback and not outputs and not is_chain(self.model)
+            reads = not self._is_base or self.curvature.needs_columns
             self._recorder = Recorder(
-                self.model, [*layers, *outputs], stages, self.terminal.criterion, whole_state=whole
-            )
+                self.model, [*layers, *outputs], stages, self.terminal.criterion,
+                whole_state=whole, local_gradients=reads,
+            )  # fmt: skip
             weakref.finalize(self, self._recorder.close)
 
     def _refresh_network(self) -> None:
@@ -327,6 +372,7 @@ class DDPNOpt(torch.optim.Optimizer):
                 is of another curvature. Nothing is changed then.
         """
         self._refresh_network()
+        state_dict = with_numbers(state_dict)
         names = {parameter: name for name, parameter in self._names.items()}
         blocks = {names[block.parameters[0]]: block for block in self._network.blocks()}
         with loading(self, type(self.curvature).__name__, blocks) as loaded:
@@ -343,4 +389,5 @@ class DDPNOpt(torch.optim.Optimizer):
         super().__setstate__(state)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
+            self._group, self.traffic = None, Traffic()
             self._connect()

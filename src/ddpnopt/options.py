@@ -1,6 +1,7 @@
 """What the optimizer accepts; each refusal names the value and says what to give instead."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -31,10 +32,17 @@ def check_numbers(group: Mapping[str, Any]) -> None:
 
 
 def check_group(group: Mapping[str, Any], model: nn.Module | None) -> None:
-    """Raise ``ValueError`` where a parameter group asks for what there is not: to maximise, or complex parameters."""
+    """Raise ``ValueError`` where a group asks for what there is not: to maximise, complex or sharded parameters."""
     if group.get("maximize"):
         raise ValueError("maximize: there is no such option; call backward on the negative of the objective")
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # not imported: there are none
     for name, parameter in named(group["params"], [group], model).items():
+        if isinstance(parameter, sharded):
+            raise ValueError(
+                f"{name} is sharded over ranks (a DTensor, from fully_shard or a parallelize plan), and a layer's "
+                "policy needs all of the layer: keep the model whole on every rank, in DistributedDataParallel or in a "
+                "plain process group, whose ranks share the batch"
+            )
         if parameter.is_complex() or parameter.layout is not torch.strided:
             raise ValueError(
                 f"{name} of shape {tuple(parameter.shape)} is "
@@ -67,14 +75,12 @@ def check_stages(coupling: Coupling, stages: object) -> None:
         raise ValueError(f"stages: coupling={coupling!r} makes every layer a stage; leave stages out, or use 'batch'")
 
 
-def check_alone() -> None:
-    """Raise :class:`StepError` in a process group of several ranks, between which columns would have to travel."""
-    group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if (ranks := torch.distributed.get_world_size() if group else 1) > 1:
+def check_several(ranks: int, coupling: Coupling) -> None:
+    """Raise :class:`StepError` for a coupling that does not go over several ranks."""
+    if isinstance(coupling, Dense) or relinearises(coupling):
         raise StepError(
-            f"this process group has {ranks} ranks, and DDPNOpt does not exchange columns between them yet: their "
-            "weights would drift apart. Train in one process, or with coupling='sample', feedback=False and "
-            "Identity() or Adaptive(), which read .grad alone"
+            f"this process group has {ranks} ranks, and coupling={coupling!r} works in one process only: use "
+            "coupling='batch' or coupling='sample', which are exact over the samples of all ranks"
         )
 
 

@@ -60,6 +60,14 @@ def loading(optimizer: torch.optim.Optimizer, curvature: str, blocks: Mapping[st
             handle.remove()
 
 
+def with_numbers(state_dict: StateDict) -> StateDict:
+    """The same with parameters' numbers as such: ``torch.distributed.checkpoint`` writes them as text."""
+    state = state_dict.get("state", {})
+    if not any(isinstance(key, str) and key.isdigit() for key in state):
+        return state_dict
+    return {**state_dict, "state": {int(k) if str(k).isdigit() else k: own for k, own in state.items()}}
+
+
 def check_fits(state_dict: StateDict, groups: Iterable[Mapping[str, Any]], blocks: Mapping[str, Block]) -> None:
     """Raise ``ValueError``, naming the parameter, where a saved tensor is not of its block's shape.
 

@@ -19,6 +19,7 @@ from .trajectory import Recorder
 
 Apply = Callable[[Stage, StagePolicy, Tensor], None]
 Meet = Callable[[Stage, tuple[Any, ...], Mapping[str, Any]], StagePolicy]
+Gather = Callable[[Stage, Tensor | None], Tensor | None]
 Later = Mapping[nn.Module, Sequence[tuple[Block, Columns]]]
 """By stage, blocks with the columns of their runs after the stage's cut."""
 
@@ -76,6 +77,7 @@ def forward_pass(
     apply: Apply,
     later: Mapping[Stage, Later],
     meet: Meet | None = None,
+    gather: Gather | None = None,
 ) -> Any:
     """Run the model again, moving each stage's weights just before it runs; returns the model's new output.
 
@@ -88,7 +90,9 @@ def forward_pass(
         later: of the stages whose layers run again after other stages' cuts.
         meet: called as ``meet(stage, args, kwargs)`` before a stage whose state has moved; gives the policy to follow
             instead.
+        gather: called as ``gather(stage, r)`` before each stage, where ranks move together; gives ``r`` of all samples.
     """
+    gather = gather or (lambda _, r: r)
     left = {stage.module: stage for stage in policies}
     output = None
     if linearised is not None:
@@ -101,7 +105,7 @@ def forward_pass(
                 policy = policies[stage]
                 with torch.autocast(device, enabled=False):  # it is for the model: steps keep their precision
                     inputs = [x.movedim(dim, 0) for x, dim in recorder.state(module, (args, kwargs))]
-                    r = deviation.at(stage, inputs)
+                    r = gather(stage, deviation.at(stage, inputs))
                     if meet is not None and r is not None:
                         policy = meet(stage, args, kwargs)
                     before = _controls(later.get(stage, {}))
@@ -111,7 +115,7 @@ def forward_pass(
         output = recorder.replay(linearised.recorded, before_stage, deviation.measure)
     with torch.no_grad():
         for stage in left.values():
-            apply(stage, policies[stage], policies[stage].policy.weights(None))
+            apply(stage, policies[stage], policies[stage].policy.weights(gather(stage, None)))
     return output
 
 

@@ -9,21 +9,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bellman import BlockPolicy, BlockTerms, StagePolicy, backward_pass, size
-from .columns import Columns, DenseColumns
-from .coupling import Coupling, is_joint, relinearises
+from .columns import Columns, DenseColumns, SpreadColumns
+from .coupling import Coupling, is_joint, is_local, relinearises
 from .curvature.base import State
 from .dense import Dense, sweep
 from .joined import joined
 from .layers import Block
-from .linearise import Linearised
+from .linearise import Linearised, TerminalValue
 from .network import Network, Stage, matrix_of
 from .passes import floating
 from .reading import blocks_by_stage, later_by_stage, name_the_silent, read_layer, read_tied
 from .relinearise import met
 from .rollout import forward_pass, restore_overwritten
+from .sharing import Found, Shared, averaged, gathered_deviation, meet_at, of_this_rank, share
 from .task import VELOCITY, Outcome, Task, wide
 from .terminal import Gradient
 from .value import BatchPolicy, BatchValue, SampleValue
@@ -32,21 +33,19 @@ from .value import BatchPolicy, BatchValue, SampleValue
 def open_loop(task: Task) -> Outcome:
     """``Q_ux = 0`` in the sample form: SGD, RMSprop, K-FAC or EKFAC, on the gradients autograd gave."""
     outcome = Outcome()
-    columns: dict[nn.Parameter, Columns] = {}
+    found: list[Found] = []
     if task.curvature.needs_columns and task.passes and task.recorder is not None:
         linearised, _ = task.linearised(Gradient(task.terminal.reduction))
         for layer in task.network.layers:
-            columns |= {block.parameters[0]: c for block, c in read_layer(task, layer, linearised, outcome)}
+            found += [(0, *pair) for pair in read_layer(task, layer, linearised, outcome)]
         for tied in task.network.tied:
-            columns |= {block.parameters[0]: c for block, c in read_tied(task, tied, linearised, outcome)}
-        read = {
-            p for layer in task.network.layers for b in layer.blocks if b.parameters[0] in columns for p in b.parameters
-        }
-        name_the_silent(task, read, outcome)
-    for block in task.blocks():
-        gradient = task.gradient(block)
-        if gradient is None:
-            continue
+            found += [(0, *pair) for pair in read_tied(task, tied, linearised, outcome)]
+        name_the_silent(task, {p for _, block, _ in found for p in block.parameters}, outcome)
+    shared = share(
+        task.accord, task.network, Shared(found, task.block_gradients(), None, False), task.terminal.reduction
+    )
+    columns = {block.parameters[0]: read for _, block, read in shared.found}
+    for block, gradient in shared.alone.items():
         lr, decay, momentum = task.settings(block)
         state, velocity = task.own_state(block)
         control = wide(matrix_of(block, block.parameters).clone())
@@ -71,10 +70,12 @@ def open_loop(task: Task) -> Outcome:
 
 def closed_loop(task: Task) -> Outcome:
     """Loose parameters first, then the backward and the forward pass over stages."""
-    outcome = Outcome()
+    outcome, accord, stages = Outcome(), task.accord, task.network.stages
+    local = accord.several and is_local(task.coupling)
     linearised: list[Linearised] = []
     policies: dict[Stage, StagePolicy] = {}
     blocks: dict[Stage, list[tuple[Block, Columns]]] = {}
+    end: TerminalValue | None = None
     if task.passes and task.recorder is not None:
         linearised, end = task.linearised(task.terminal)
         for one in linearised:
@@ -88,23 +89,33 @@ def closed_loop(task: Task) -> Outcome:
             linearised = [one]
         else:
             blocks = blocks_by_stage(task, linearised, outcome)
-            value = _value(task.coupling, end.a, end.curved, end.weight)
-            terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
-            swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.coupled())
-            policies = dict(zip(blocks, swept, strict=True))
-    whole = joined(linearised) if len(policies) > 1 and task.coupled() else None
+    whole = joined(linearised) if len(blocks) > 1 and task.coupled() else None
     later = later_by_stage(task, linearised, blocks) if whole is not None else {}
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
     name_the_silent(task, read, outcome)
-    for block in task.blocks():
-        if read.isdisjoint(block.parameters) and (gradient := task.gradient(block)) is not None:
-            _move_alone(task, block, gradient, outcome)
+    alone = task.block_gradients(read)
+    if not isinstance(task.coupling, Dense):
+        found = [(stages.index(stage), *pair) for stage, pairs in blocks.items() for pair in pairs]
+        own = Shared(found, alone, end, whole is not None)
+        shared = share(accord, task.network, own, task.terminal.reduction, local=local)
+        blocks, alone, end = _by_stage(stages, shared.found), shared.alone, shared.end
+        whole = whole if shared.whole else None
+        if end is not None:
+            seen = end.weight * end.a if local else None
+            end = of_this_rank(accord, end) if local else end
+            value = _value(task.coupling, end.a, end.curved, end.weight)
+            terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
+            swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.coupled(), seen=seen)
+            policies = dict(zip(blocks, swept, strict=True))
+    for block, gradient in alone.items():
+        _move_alone(task, block, gradient, outcome)
 
     again: list[StagePolicy] = []
 
     def apply(stage: Stage, policy: StagePolicy, weights: Tensor) -> None:
-        for (block, _), part in zip(blocks[stage], policy.blocks, strict=True):
-            velocity = _move(block, part, weights)
+        mean = averaged(accord, [part.direction(weights) for part in policy.blocks]) if local else None
+        for i, ((block, _), part) in enumerate(zip(blocks[stage], policy.blocks, strict=True)):
+            velocity = _move(block, part, weights, None if mean is None else mean[i])
             outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
         k_weights, predicted = policy.policy.k_weights, policies[stage].policy.predicted
         outcome.figures[stage.name] = partial(_figures, policy.gram, k_weights, weights, predicted)
@@ -116,16 +127,44 @@ def closed_loop(task: Task) -> Outcome:
         layer, own = task.network.layers[stage.layers[0]], [block for block, _ in blocks[stage]]
         return met(task.recorder, linearised, layer, own, policies[stage], args, kwargs)
 
+    def gather(stage: Stage, r: Tensor | None) -> Tensor | None:
+        if local:
+            meet_at(accord, stages.index(stage))
+            return r
+        assert end is not None
+        return gathered_deviation(accord, stages.index(stage), r, len(end.a))
+
     if task.recorder is not None:
         if not relinearises(task.coupling):
             _let_go(task.network, linearised)
         moving = {stage: [block for block, _ in blocks[stage]] for stage in policies}
         at_state = meet if relinearises(task.coupling) else None
-        output = forward_pass(task.recorder, whole, moving, policies, apply, later, at_state)
+        together = gather if accord.several and shared.whole else None
+        output = forward_pass(task.recorder, whole, moving, policies, apply, later, at_state, together)
         outcome.actual_decrease = _actual_decrease(task, whole, output)
     failed = [p.policy.failures for p in (*policies.values(), *again) if isinstance(p.policy, BatchPolicy)]
     outcome.failures = sum(failed)
     return outcome
+
+
+def settle(task: Task, outcome: Outcome) -> None:
+    """The last word of a step over several ranks: raises if on one of them anything has failed until here."""
+    accord = task.accord
+    if not accord.several:
+        return
+    own = outcome.actual_decrease
+    samples = accord.counts[accord.ranks.rank]
+    weight = samples / sum(accord.counts) if task.terminal.reduction == "mean" else 1.0
+    known = own is not None or not samples
+    all_known, parts = accord.exchange(float(known), 0.0 if own is None else own.double() * weight).T[:2]
+    outcome.actual_decrease = parts.sum() if bool(all_known.all()) else None
+
+
+def _by_stage(stages: Sequence[Stage], found: Sequence[Found]) -> dict[Stage, list[tuple[Block, Columns]]]:
+    blocks: dict[Stage, list[tuple[Block, Columns]]] = {}
+    for at, block, columns in found:
+        blocks.setdefault(stages[at], []).append((block, columns))
+    return blocks
 
 
 def _let_go(network: Network, linearised: Sequence[Linearised]) -> None:
@@ -146,6 +185,8 @@ def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
     state, velocity = task.own_state(block)
     lr, decay, momentum = task.settings(block)
     control = wide(matrix_of(block, block.parameters)) if decay else None
+    if isinstance(columns, SpreadColumns) and is_local(task.coupling):
+        return BlockTerms(columns.own, control, velocity, lr, decay, momentum, state, seen=columns)
     return BlockTerms(columns, control, velocity, lr, decay, momentum, state)
 
 
@@ -183,12 +224,12 @@ def _with_velocity(state: State, velocity: Tensor | None) -> State:
     return state if velocity is None else {**state, VELOCITY: velocity}
 
 
-def _move(block: Block, part: BlockPolicy, weights: Tensor) -> Tensor | None:
+def _move(block: Block, part: BlockPolicy, weights: Tensor, direction: Tensor | None = None) -> Tensor | None:
+    """Move a block by its policy, or in a direction that is known already; returns the new velocity, if any."""
     sides = block.sides()
-    if all(side.data_ptr() == p.data_ptr() for side, p in zip(sides, block.parameters, strict=True)):
-        return part.move_(sides, weights)
-    velocity = part.move_(sides, weights)
-    _write(block, torch.cat(sides, 1))  # a parameter that is no view of its matrix, channels_last say
+    velocity = part.move_(sides, weights) if direction is None else part.follow_(sides, direction)
+    if not all(side.data_ptr() == p.data_ptr() for side, p in zip(sides, block.parameters, strict=True)):
+        _write(block, torch.cat(sides, 1))  # a parameter that is no view of its matrix, channels_last say
     return velocity
 
 

@@ -1,12 +1,13 @@
 """What one step works on, and what it leaves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .accord import Accord
 from .coupling import Coupling
 from .curvature import Curvature
 from .curvature.base import State
@@ -36,6 +37,7 @@ class Task:
         loss_scale: what the loss had been multiplied by before its backward pass; ``gradients`` are without it.
         clip: what the gradients were multiplied by after the backward pass; ``gradients`` are with it.
         number: of the step, from 0.
+        accord: with the other ranks; the passes and gradients are those of this rank's samples.
     """
 
     network: Network
@@ -53,11 +55,13 @@ class Task:
     loss_scale: float
     clip: float
     number: int
+    accord: Accord
 
     def linearised(self, terminal: Terminal) -> tuple[list[Linearised], TerminalValue]:
         """The passes with their columns, and the value at the output, its linear part clipped as the gradients are."""
         assert self.recorder is not None
-        found, end = linearise(self.passes, terminal, self.recorder, self.loss, self.number, self.loss_scale)
+        before = sum(self.accord.counts[: self.accord.ranks.rank])
+        found, end = linearise(self.passes, terminal, self.recorder, self.loss, self.number, before, self.loss_scale)
         return found, end if self.clip == 1.0 else replace(end, a=self.clip * end.a)
 
     def settings(self, block: Block) -> tuple[float, float, float]:
@@ -78,6 +82,11 @@ class Task:
         if any(p not in self.gradients for p in block.parameters):
             return None
         return wide(matrix_of(block, [self.gradients[p] for p in block.parameters]))
+
+    def block_gradients(self, read: Collection[nn.Parameter] = frozenset()) -> dict[Block, Tensor]:
+        """The same of every block that has one and no parameter in ``read``."""
+        unread = [block for block in self.blocks() if not any(p in read for p in block.parameters)]
+        return {block: g for block in unread if (g := self.gradient(block)) is not None}
 
     def coupled(self) -> bool:
         """Whether layers see one another: while samples are mixed, columns are not those of single samples."""

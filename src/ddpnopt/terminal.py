@@ -70,8 +70,8 @@ class Factored(Terminal):
     cap: float | None
 
     @abstractmethod
-    def factor(self, loss: OutputLoss, step: int) -> Tensor:
-        """``Z [R, B, d]``."""
+    def factor(self, loss: OutputLoss, step: int, before: int = 0) -> Tensor:
+        """``Z [R, B, d]``; ``before``: samples of the batch that stand before these, on other ranks."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Exact(Factored):
     def needs_loss(self) -> bool:
         return True
 
-    def factor(self, loss: OutputLoss, step: int) -> Tensor:
+    def factor(self, loss: OutputLoss, step: int, before: int = 0) -> Tensor:
         return _hessian_factor(loss).permute(2, 0, 1)
 
 
@@ -228,10 +228,11 @@ class Sampled(Factored):
     def needs_loss(self) -> bool:
         return True
 
-    def factor(self, loss: OutputLoss, step: int) -> Tensor:
+    def factor(self, loss: OutputLoss, step: int, before: int = 0) -> Tensor:
         factor = _hessian_factor(loss)
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        signs = torch.randint(0, 2, (*factor.shape[::2], self.columns), generator=generator) * 2 - 1
+        batch, d = factor.shape[::2]
+        signs = torch.randint(0, 2, (before + batch, d, self.columns), generator=generator)[before:] * 2 - 1
         signs = signs.to(factor) / math.sqrt(self.columns)
         return (factor @ signs).permute(2, 0, 1)
 

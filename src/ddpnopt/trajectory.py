@@ -22,6 +22,7 @@ from .hooks import ModuleHook, TensorTap
 from .layers import Layout, is_batch, rule_for
 from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, versions
 from .state import Boundaries, Boundary, Tracer
+from .wrapped import keep_gradients_local, wrapper_running
 
 BeforeStage = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 AtBoundary = Callable[[Boundary, Any], None]
@@ -36,6 +37,7 @@ class Recorder:
         stages: modules at whose first run the state is cut.
         criterion: of the loss, if the terminal has one.
         whole_state: whether to find all that lives at a cut; else a stage's input is its state, right for chains.
+        local_gradients: whether a ``DistributedDataParallel`` that the model runs in is to leave gradients alone.
     """
 
     def __init__(
@@ -46,9 +48,13 @@ class Recorder:
         criterion: nn.Module | None,
         *,
         whole_state: bool = False,
+        local_gradients: bool = False,
     ):
         self.model = model
         self.live: list[Pass] = []
+        self.closed = False
+        self._local_gradients = local_gradients
+        self._wrapper: weakref.ref[nn.Module] | None = None
         self._begun: list[weakref.ref[Pass]] = []
         self._kept: list[Pass] = []
         self._current: Pass | None = None
@@ -74,6 +80,18 @@ class Recorder:
         """Take every hook off the model."""
         self._release()
         self.live.clear()
+        self.closed = True
+
+    def inside(self, wrapper: nn.Module) -> None:
+        """The model runs inside this ``DistributedDataParallel``."""
+        if self._local_gradients and (self._wrapper is None or self._wrapper() is not wrapper):
+            self._wrapper = weakref.ref(wrapper)
+            keep_gradients_local(wrapper, self)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the last forward pass in training mode was on a batch of length 0 and nothing came back yet."""
+        return self._unreached == 0
 
     def take(self) -> list[Pass]:
         """The passes that a backward pass has reached since the last step, oldest first."""
@@ -189,6 +207,8 @@ class Recorder:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or self._before_stage is not None or not torch.is_grad_enabled():
             return
+        if (wrapper := wrapper_running()) is not None:
+            self.inside(wrapper)
         if self.live and all(p.grad is None for p in self.model.parameters()):
             self.forget()  # model.zero_grad() has dropped the gradients of a batch that was skipped
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]

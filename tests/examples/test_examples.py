@@ -16,6 +16,7 @@ EXAMPLE_OF: dict[str, tuple[list[str], str | None]] = {
     "accelerate_loop.py": (["--accumulate", "2", *ONE_EPOCH], "accelerate"),
     "binary.py": (ONE_EPOCH, None),
     "char_transformer.py": (["--steps", "8", "--every", "8", "--context", "16"], None),
+    "ddp.py": (["--epochs", "1"], None),
     "drop_in.py": (["--epochs", "2"], None),
     "lightning_automatic.py": (["--accumulate", "2", *ONE_EPOCH], "lightning"),
     "lightning_manual.py": (ONE_EPOCH, "lightning"),

@@ -92,7 +92,7 @@ def eigenbasis(factor: Tensor, last: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix, in columns; on failure again in float64, then ``last``."""
     for symmetric in ((factor + factor.T) / 2, ((factor + factor.T) / 2).double()):
         with suppress(RuntimeError):  # torch.linalg.LinAlgError is one
-            return Tensor.to(torch.linalg.eigh(symmetric)[1], factor.dtype)
+            return Tensor.to(torch.linalg.eigh(symmetric)[1].contiguous(), factor.dtype)
     return last
 
 

@@ -6,7 +6,8 @@ sequence, and uses, if a layer runs several times), a block's gradient is ``[out
 
 Two forms: :class:`OuterColumns` keeps the factors ``v`` and ``x`` of ``U_n = sum_s v_ns x_bs'``;
 :class:`DenseColumns` keeps ``U``. A third, for tables of rows, is in :mod:`ddpnopt.columns.rows`;
-:class:`ScaledColumns` is any of them, times a number per sample. All answer the same
+:class:`ScaledColumns` is any of them, times a number per sample, and :class:`SpreadColumns` those of the samples of
+several processes. All answer the same
 questions, and a test equates them.
 """
 
@@ -16,6 +17,7 @@ from .dense import DenseColumns
 from .outer import OuterColumns
 from .rows import RowColumns, gathered
 from .scaled import ScaledColumns
+from .spread import SpreadColumns, spreads
 
 __all__ = [
     "WIDEST",
@@ -26,8 +28,10 @@ __all__ = [
     "OuterColumns",
     "RowColumns",
     "ScaledColumns",
+    "SpreadColumns",
     "add_",
     "gathered",
     "over_batches",
     "over_uses",
+    "spreads",
 ]

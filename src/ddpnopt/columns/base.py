@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..inverse import Inverse
+from ..ranks import Ranks
 
 if TYPE_CHECKING:
     from .dense import DenseColumns
@@ -26,12 +27,33 @@ WIDEST = 4096
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Rows of which other ranks have more.
+
+    Args:
+        ranks: who has them.
+        places: of this rank's rows among all, ascending.
+        total: how many there are.
+
+    ``scale`` and ``count`` of a moment are then the share of this rank's rows in it.
+    """
+
+    ranks: Ranks
+    places: Tensor
+    total: int
+
+
+@dataclass(frozen=True)
 class Moment:
-    """One Kronecker factor ``scale * rows' rows / count [side, side]``, not multiplied out; ``rows [n, side]``."""
+    """One Kronecker factor ``scale * rows' rows / count [side, side]``, not multiplied out; ``rows [n, side]``.
+
+    ``spread``: where the rows are some of those that several ranks have; all of them count.
+    """
 
     rows: Tensor
     count: int
     scale: Tensor | float = 1.0
+    spread: Spread | None = None
 
     @property
     def side(self) -> int:
@@ -41,15 +63,33 @@ class Moment:
     def matrix(self) -> Tensor:
         """The factor; only its diagonal, as a vector, if it is wider than ``WIDEST``."""
         wide = self.side > WIDEST
-        return (self.rows.square().sum(0) if wide else self.rows.mT @ self.rows) * self.scale / self.count
+        own = self.rows.square().sum(0) if wide else self.rows.mT @ self.rows
+        return self._summed(own * self.scale / self.count)
 
     def times(self, values: Tensor) -> Tensor:
         """The factor times ``values [side, c]``."""
-        return self.rows.mT @ ((self.rows @ values) * (self.scale / self.count))
+        return self._summed(self.rows.mT @ ((self.rows @ values) * (self.scale / self.count)))
 
     def trace(self) -> Tensor:
         """Its trace."""
-        return self.rows.square().sum() * self.scale / self.count
+        return self._summed((self.rows.square().sum() * self.scale / self.count)[None])[0]
+
+    def samples(self, wanted: int) -> Tensor:
+        """Some of the rows, evenly among all, at most ``wanted``."""
+        total = len(self.rows) if self.spread is None else self.spread.total
+        chosen = torch.arange(0, total, max(1, total // wanted))[:wanted]
+        if self.spread is None:
+            return self.rows[chosen.to(self.rows.device)]
+        places = self.spread.places
+        at = torch.searchsorted(places, chosen).clamp_max(max(len(places) - 1, 0))
+        own = self.rows.new_zeros(len(chosen), self.side)
+        if len(places):
+            here = places[at] == chosen
+            own[here] = self.rows[at[here]]
+        return self.spread.ranks.sum(own)
+
+    def _summed(self, own: Tensor) -> Tensor:
+        return own if self.spread is None else self.spread.ranks.sum(own)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def averaged(state: State, name: str, moment: Moment | Diagonal, past: float, ra
         return new.times(values) if old is None else new.times(values) + past * old.times(values.mT).mT
 
     wanted = rank + SPARE if old is None else max(SPARE, rank + SPARE - old.basis.shape[1])
-    samples = new.rows[:: max(1, len(new.rows) // wanted)][:wanted].mT
+    samples = new.samples(wanted).mT
     start = samples if old is None else torch.cat([old.basis, samples], 1)
     found = linalg.leading(start, times, rank, passes=2 if old is None else 1)
     if found is None:  # not finite: neither is the step, which says so

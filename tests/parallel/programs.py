@@ -1,0 +1,261 @@
+"""What the ranks run: training loops as data, each the same in one process with the concatenated batch."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ddpnopt import Adaptive, Batch, DDPNOpt, EigenKronecker, Exact, Gradient, Identity, Kronecker, Matched, Sampled
+from ddpnopt.terminal import Terminal
+
+BATCH = 48  # samples enough for factors of full rank, whose eigenbasis is one
+EMPTY, SHORT = 2, 4  # the step at which the last rank has no samples, and the one of a short last batch
+
+
+class Residual(nn.Module):
+    """Skips, a loose parameter, and a layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)) * self.scale
+        h = h + torch.tanh(self.inner(h))
+        h = h + torch.tanh(self.inner(h))
+        out: Tensor = self.last(h)
+        return out
+
+
+class Words(nn.Module):
+    """A table read at different rows by every sample, tied to the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.last = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+        self.last.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.inner(self.table(x).mean(1))))
+        return out
+
+
+class Unread(nn.Module):
+    """A layer whose parameters are used without a call of it, so that they have no columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.tanh(self.first(x)), self.last.weight, self.last.bias)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10))
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Conv1d(4, 3, 2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(9, 3),
+    )  # fmt: skip
+
+
+def pictures() -> nn.Module:
+    """Formed gradients large enough to stay where they are."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv1d(8, 9, 5, padding=2), nn.Tanh(),
+        nn.Flatten(), nn.Linear(54, 3),
+    )  # fmt: skip
+
+
+def _numbers(model: nn.Module, batch: int) -> Tensor:
+    return torch.randint(7, (batch, 5)) if isinstance(model, Words) else torch.randn(batch, 6)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A training loop.
+
+    Args:
+        model: makes it.
+        settings: of the optimizer.
+        terminal: made with the criterion.
+        criterion: of the loss, on classes or, if it is a squared error, on numbers.
+        steps: how many.
+        wrap: train in a ``DistributedDataParallel``; ``"given"`` to the optimizer, or the model itself is.
+        parts: micro-batches per step.
+        form: of the step: after backward, or a closure.
+        empty: whether a rank goes without samples once.
+        twins: every rank has all samples.
+        apart: how far weights may be from those of one process.
+    """
+
+    model: Callable[[], nn.Module] = mlp
+    settings: dict[str, Any] = field(default_factory=dict)
+    terminal: Callable[[nn.Module], Terminal] | None = None
+    criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)
+    steps: int = 6
+    wrap: str = ""
+    parts: int = 1
+    form: str = "backward"
+    empty: bool = True
+    twins: bool = False
+    apart: float = 1e-10
+
+
+KRONECKER = Kronecker(refresh_every=2, average_every=1)
+PROGRAMS: dict[str, Program] = {
+    "identity": Program(settings={"curvature": Identity()}, steps=20),
+    "adaptive": Program(settings={"curvature": Adaptive(beta=0.9)}, steps=20),
+    "kronecker": Program(settings={"curvature": KRONECKER}, steps=20),
+    "eigen": Program(settings={"curvature": EigenKronecker(refresh_every=2)}, steps=20),
+    "decay and momentum": Program(settings={"momentum": 0.5, "weight_decay": 0.1, "curvature": Identity()}),
+    "conv, identity": Program(conv, {"curvature": Identity(), "momentum": 0.5, "weight_decay": 0.01}, steps=20),
+    "conv, adaptive": Program(conv, {"curvature": Adaptive(), "weight_decay": 0.01}, steps=20),
+    "conv, kronecker": Program(conv, {"curvature": KRONECKER}, steps=20),
+    "low rank": Program(wide, {"curvature": Kronecker(refresh_every=2, rank=1)}, criterion=nn.MSELoss(), steps=20),
+    "conv, eigen": Program(conv, {"curvature": EigenKronecker(refresh_every=2)}, steps=20),
+    "conv, sample": Program(conv, {"coupling": "sample", "lr": 0.01}),
+    "pictures, identity": Program(pictures, {"curvature": Identity(), "momentum": 0.5, "weight_decay": 0.01}),
+    "pictures, adaptive": Program(pictures, {"curvature": Adaptive()}),
+    "pictures, kronecker": Program(pictures, {"curvature": KRONECKER}),
+    "pictures, low rank": Program(pictures, {"curvature": Kronecker(refresh_every=2, rank=4)}),
+    "pictures, eigen": Program(pictures, {"curvature": EigenKronecker(refresh_every=2)}),
+    "pictures, exact": Program(pictures, terminal=lambda c: Exact(c)),
+    "pictures, sample": Program(pictures, {"coupling": "sample", "lr": 0.01, "weight_decay": 0.01}),
+    "pictures, k-fac": Program(pictures, {"coupling": "sample", "feedback": False, "lr": 1e-4}),
+    "local": Program(Residual, {"coupling": Batch(local=True), "curvature": Identity(), "lr": 1e-4}, apart=1e-6),
+    "local, pictures": Program(
+        pictures, {"coupling": Batch(local=True), "curvature": Identity(), "lr": 1e-4}, apart=1e-7
+    ),
+    "local twins": Program(Residual, {"coupling": Batch(local=True), "momentum": 0.5}, twins=True),
+    "local twins, pictures": Program(
+        pictures, {"coupling": Batch(local=True), "curvature": KRONECKER, "weight_decay": 0.01}, twins=True
+    ),
+    "local twins, adaptive": Program(Residual, {"coupling": Batch(local=True), "curvature": Adaptive()}, twins=True),
+    "local twins, eigen": Program(
+        settings={"coupling": Batch(local=True), "curvature": EigenKronecker()}, terminal=lambda c: Exact(c), twins=True
+    ),
+    "local twins, words": Program(Words, {"coupling": Batch(local=True)}, twins=True),
+    "residual": Program(Residual),
+    "residual, adaptive": Program(Residual, {"curvature": Adaptive()}),
+    "unread": Program(Unread, {"momentum": 0.5}),
+    "unread, of a sum": Program(
+        Unread, {"lr": 0.01}, terminal=lambda c: Gradient("sum"), criterion=nn.CrossEntropyLoss(reduction="sum")
+    ),
+    "unread, a wrapper": Program(Unread, wrap="given"),
+    "words": Program(Words, {"curvature": KRONECKER}),
+    "gradient of a sum": Program(
+        settings={"lr": 0.01}, terminal=lambda c: Gradient("sum"), criterion=nn.CrossEntropyLoss(reduction="sum")
+    ),
+    "matched": Program(Residual, terminal=lambda c: Matched(c)),
+    "exact": Program(terminal=lambda c: Exact(c)),
+    "exact, conv": Program(conv, terminal=lambda c: Exact(c)),
+    "sampled": Program(terminal=lambda c: Sampled(c, columns=2), criterion=nn.MSELoss()),
+    "sample": Program(settings={"coupling": "sample", "lr": 0.01}),
+    "no feedback": Program(settings={"feedback": False}),
+    "k-fac": Program(conv, {"coupling": "sample", "feedback": False, "lr": 1e-3, "momentum": 0.5}),
+    "ekfac": Program(settings={"curvature": EigenKronecker(), "coupling": "sample", "feedback": False, "lr": 1e-4}),
+    "stages": Program(Residual, {"stages": ["first", "inner", "last"]}),
+    "micro-batches": Program(Residual, parts=3, empty=False),
+    "closure": Program(Residual, form="closure"),
+    "closure, matched": Program(Residual, terminal=lambda c: Matched(c), form="closure"),
+    "closure with backward": Program(form="closure with backward"),
+    "inside a wrapper": Program(Residual, wrap="inside"),
+    "a wrapper": Program(conv, wrap="given"),
+    "a wrapper, no_sync": Program(Residual, wrap="given", parts=3, empty=False),
+    "a wrapper, closure": Program(Residual, wrap="given", form="closure"),
+}  # fmt: skip
+
+
+def batches(program: Program) -> list[tuple[Tensor, Tensor]]:
+    """All ranks' samples, by step."""
+    torch.manual_seed(1)
+    model = program.model()
+    made = []
+    for step in range(program.steps):
+        n = 6 if step == SHORT else BATCH
+        x = _numbers(model, n)
+        with torch.no_grad():
+            output = model(x)
+        classes = isinstance(program.criterion, nn.CrossEntropyLoss)
+        target = torch.randint(3, (n,)) if classes else torch.randn(output.shape)
+        made.append((x, target))
+    return made
+
+
+def cut(n: int, rank: int, size: int, *, empty: bool) -> slice:
+    """This rank's samples among ``n``: uneven, and none for the last if ``empty``."""
+    filled = size - 1 if empty and size > 1 else size
+    ends = [n * (i + 1) // filled - (i % 2 if i + 1 < filled else 0) for i in range(filled)]
+    return slice([0, *ends, n][rank], [*ends, n][rank])
+
+
+def train(program: Program, rank: int = 0, size: int = 1) -> dict[str, Any]:
+    """Weights after all steps, and what is told of the last one."""
+    torch.manual_seed(0)
+    model, criterion = program.model(), program.criterion
+    wrapper: Any = model
+    if program.wrap and size > 1:
+        wrapper = nn.parallel.DistributedDataParallel(model)
+    settings = dict(program.settings)
+    if program.terminal is not None:
+        settings["terminal"] = program.terminal(criterion)
+    optimizer = DDPNOpt(wrapper if program.wrap == "given" else model, **settings)
+    for step, (x, y) in enumerate(batches(program)):
+        warnings.filterwarnings("ignore", message=".*it was not seen to run")
+        own = cut(len(x), rank, size, empty=program.empty and step == EMPTY) if not program.twins else slice(None)
+        advance(program, optimizer, wrapper, x[own], y[own])
+    return {
+        "weights": [p.detach().clone() for p in model.parameters()],
+        "figures": optimizer.diagnostics(),
+        "state": optimizer.state_dict(),
+    }
+
+
+def advance(program: Program, optimizer: DDPNOpt, model: Any, x: Tensor, y: Tensor) -> None:
+    """One step of a loop."""
+    criterion = program.criterion
+    if program.form == "backward":
+        optimizer.zero_grad()
+        pieces = list(zip(x.chunk(program.parts), y.chunk(program.parts), strict=True))
+        for i, (inputs, target) in enumerate(pieces):
+            last = i + 1 == len(pieces)
+            quiet = model.no_sync() if hasattr(model, "no_sync") and not last else contextlib.nullcontext()
+            with quiet:
+                share = len(inputs) / len(x) if len(pieces) > 1 else 1.0
+                (criterion(model(inputs), target) * share).backward()
+        optimizer.step()
+        return
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = criterion(model(x), y)
+        if program.form == "closure with backward":
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def train_all(rank: int, size: int, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Programs in turn; what went wrong in one of them, under ``"error"``."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        try:
+            found[name] = train(PROGRAMS[name], rank, size)
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+        distributed.barrier()
+    return found
