@@ -10,7 +10,7 @@ Two forms: :class:`OuterColumns` keeps the factors ``v`` and ``x`` of ``U_n = su
 questions, and a test equates them.
 """
 
-from .base import WIDEST, Columns, Diagonal, Moment, add_
+from .base import CHUNK, WIDEST, Columns, Diagonal, Moment, add_
 from .combine import over_batches, over_uses
 from .dense import DenseColumns
 from .outer import OuterColumns
@@ -18,6 +18,7 @@ from .rows import RowColumns, gathered
 from .scaled import ScaledColumns
 
 __all__ = [
+    "CHUNK",
     "WIDEST",
     "Columns",
     "DenseColumns",
