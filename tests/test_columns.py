@@ -130,12 +130,20 @@ def test_chunks_do_not_change_the_gram(monkeypatch: pytest.MonkeyPatch, shape: t
 
 
 def test_blocks_do_not_change_a_symmetric_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = torch.randn(7, 5)
-    right = root @ spd(5)
-    whole = root @ right.T
+    root, middle = torch.randn(7, 5), spd(5)
+    whole = root @ middle @ root.T
     for rows in (1, 2, 3, 7, 8):
         monkeypatch.setattr("ddpnopt.columns.base.ROWS", rows)
-        torch.testing.assert_close(symmetric_product(root, right), whole)
+        torch.testing.assert_close(symmetric_product(root, root @ middle), whole)
+        torch.testing.assert_close(symmetric_product(root, root, lambda some: some @ middle), whole)
+
+
+@pytest.mark.parametrize("kind", ["separable", "low rank in", "rotated"])
+def test_blocks_do_not_change_the_gram_of_gradients(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    columns, inverse = outer(2, 4, 3).dense(), inverses()[kind]
+    whole = columns.gram(inverse)
+    monkeypatch.setattr("ddpnopt.columns.base.ROWS", 3)
+    torch.testing.assert_close(columns.gram(inverse), whole)
 
 
 def test_moments_are_factors_not_multiplied_out() -> None:

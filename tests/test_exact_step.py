@@ -10,6 +10,7 @@ from cases import CURVATURES, NETWORKS, Case
 from ddpnopt import DDPNOpt, Exact, Gradient, Matched, Sampled, reference
 from ddpnopt.curvature.base import Curvature
 from ddpnopt.layers import Block
+from ddpnopt.linearise import inner_products
 from ddpnopt.terminal import OutputLoss, Terminal
 
 Coupling = Literal["batch", "sample"]
@@ -159,3 +160,12 @@ def test_the_cap_binds_for_some(network: str) -> None:
     bound = torch.isclose(ratio, torch.ones_like(ratio))
     assert bound.any()
     assert not bound.all()
+
+
+@pytest.mark.parametrize("numbers", [1, 70, 1 << 18])
+def test_the_deviation_is_measured_some_samples_at_a_time(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    monkeypatch.setattr("ddpnopt.linearise.CHUNK", numbers)
+    for shape in ((5,), (5, 7), (5, 3, 4)):
+        P, old, new = torch.randn(2, *shape), torch.randn(shape), torch.randn(shape)
+        wanted = (P * (new - old)).view(2, 5, -1).sum(2)
+        torch.testing.assert_close(inner_products(P, new, old), wanted)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cases import NETWORKS, Case
 from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Identity, Kronecker
 from ddpnopt.curvature import Curvature
+from ddpnopt.layers import Block, Call, rule_for
 
 STEPS = 7
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -158,6 +159,18 @@ def test_eigen_kronecker_is_the_baseline() -> None:
         # a batch of 4 or 5 leaves eigenspaces of dimension above one, whose basis hangs on the last bit: so must we
         for ours, theirs in zip(new, expected, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("channels", [3, 8])  # by patches, and by groups
+def test_gradients_of_convolutions_have_the_bits_of_the_baseline(channels: int) -> None:
+    from ddpnopt.baselines.ekfac import conv_weight_gradients
+
+    layer = nn.Conv2d(channels, 5, 3, stride=2, padding=1, bias=False, dtype=torch.float32)
+    x = torch.randn(6, channels, 9, 8, dtype=torch.float32)
+    v = torch.randn_like(layer(x).detach())
+    block = Block(("weight",), tuple(layer.parameters()))
+    (columns,) = rule_for(layer).columns(layer, [block], Call((x,), {}, [v[None]]))
+    assert torch.equal(columns.dense().values[0], conv_weight_gradients(layer, x, v))
 
 
 def test_bare_parameters_follow_the_base_rule() -> None:

@@ -120,6 +120,22 @@ def test_columns_are_single_samples_gradients(kind: str, R: int) -> None:
             torch.testing.assert_close(values, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("channels", [3, 8])  # by patches, and by groups
+def test_stretches_of_a_batch_do_not_change_the_gradients_of_convolutions(
+    monkeypatch: pytest.MonkeyPatch, channels: int
+) -> None:
+    layer = nn.Conv2d(channels, 4, 3, dtype=torch.float32)
+    x, v = torch.randn(5, channels, 6, 6, dtype=torch.float32), torch.randn(2, 5, 4, 4, 4, dtype=torch.float32)
+    blocks = [Block(("weight", "bias"), tuple(layer.parameters()))]
+    found = []
+    for numbers in (1 << 20, 2 * (x[0].numel() + v[0, 0].numel()), 1):
+        monkeypatch.setattr("ddpnopt.layers.conv.AT_ONCE", numbers)
+        (columns,) = rule_for(layer).columns(layer, blocks, Call((x,), {}, [v]))
+        found.append(columns.dense().values)
+    for values in found[1:]:
+        torch.testing.assert_close(values, found[0], rtol=1e-5, atol=1e-5)
+
+
 def test_batch_norm_in_training_sums_to_the_batch_gradient() -> None:
     module, x = nn.BatchNorm1d(4), torch.randn(6, 4)
     output = module(x)

@@ -60,6 +60,8 @@ def redrawn(model: nn.Module, states: list[Tensor]) -> Iterator[None]:
 
 
 def _devices(model: nn.Module) -> list[torch.device]:
+    if not torch.cuda.is_initialized():
+        return []
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 

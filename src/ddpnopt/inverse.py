@@ -29,7 +29,8 @@ class LowRank:
 
     def times(self, values: Tensor) -> Tensor:
         """``values [..., n]`` times the matrix."""
-        return values * self.rest + ((values @ self.basis) * self.weights) @ self.basis.mT
+        rows = values.reshape(-1, len(self.basis))
+        return (rows * self.rest).addmm_((rows @ self.basis) * self.weights, self.basis.mT).view(values.shape)
 
     def double(self) -> "LowRank":
         """The same in float64."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .columns import Columns, ScaledColumns, over_batches, over_uses
+from .columns import CHUNK, Columns, ScaledColumns, over_batches, over_uses
 from .conditions import redrawn
 from .errors import StepError
 from .layers import Call
@@ -44,7 +44,10 @@ class Linearised:
         return columns * self.scale.to(columns).view(-1, *[1] * (cotangent.ndim - 1))
 
     def deviation(self, stage: nn.Module, inputs: Sequence[Tensor], name: str) -> Tensor | None:
-        """``r = P' dx [R, B]`` of a stage's own inputs, now ``inputs``; ``None`` if nothing before it moves."""
+        """``r = P' dx [R, B]`` of a stage's own inputs, now ``inputs``; ``None`` if nothing before it moves.
+
+        Asked once: the gradients at the inputs are let go of.
+        """
         visit = self.recorded.visits[stage]
         shapes, now = [tuple(x.shape) for x in visit.inputs], [tuple(x.shape) for x in inputs]
         if shapes != now:
@@ -56,13 +59,14 @@ class Linearised:
         for x, new, cotangent, dim in zip(visit.inputs, inputs, visit.cotangents, visit.dims, strict=True):
             if cotangent is None:
                 continue
-            product = self.projected(cotangent, new - x, dim)
+            product = self.projected(cotangent, new, x, dim)
             total = product if total is None else total + product
+        visit.cotangents[:] = [None] * len(visit.cotangents)
         return total
 
-    def projected(self, cotangent: Tensor, dx: Tensor, dim: int = 0) -> Tensor:
-        """``P' dx [R, B]`` of one tensor; ``dx`` leads with the batch, ``dim`` as in :meth:`columns`."""
-        r = _inner_products(self.unscaled(cotangent, dim), dx)
+    def projected(self, cotangent: Tensor, new: Tensor, old: Tensor, dim: int = 0) -> Tensor:
+        """``P' dx [R, B]`` of one tensor, ``dx = new - old`` with the batch in front; ``dim`` as in :meth:`columns`."""
+        r = inner_products(self.unscaled(cotangent, dim), new, old)
         return r if self.scale is None else r * self.scale.to(r)
 
 
@@ -232,10 +236,14 @@ def _pulled(
     return again, len(factor), factor.device
 
 
-def _inner_products(columns: Tensor, dx: Tensor) -> Tensor:
-    """``<P_rb, dx_b>``, ``[R, B]``, for columns ``[R, B, ...]``."""
-    dx = dx.to(columns.dtype)
-    return torch.linalg.vecdot(columns.flatten(2), dx.flatten(1)) if columns.ndim > 2 else columns * dx
+def inner_products(columns: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``<P_rb, new_b - old_b>``, ``[R, B]``, for columns ``[R, B, ...]``; some samples at a time, within the cache."""
+    samples = max(1, CHUNK // max(1, columns[:, :1].numel()))
+    parts = [
+        torch.linalg.vecdot(P[..., None].flatten(2), (x - before).to(P.dtype)[..., None].flatten(1))
+        for P, x, before in zip(columns.split(samples, 1), new.split(samples), old.split(samples), strict=True)
+    ]
+    return torch.cat(parts, 1)
 
 
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:

@@ -143,8 +143,8 @@ class _Deviation:
             self._missing.subtract(live.stages)
             cotangent = signed_sum(self._state.cotangents, live.terms)
             if cotangent is not None:
-                dx = (tensors[index] - live.value).movedim(live.dim, 0)
-                r = self._linearised.projected(cotangent, dx, live.dim)
+                new, old = (x.movedim(live.dim, 0) for x in (tensors[index], live.value))
+                r = self._linearised.projected(cotangent, new, old, live.dim)
                 for stage in live.stages:
                     self._add(stage, r)
 

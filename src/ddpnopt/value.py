@@ -104,7 +104,7 @@ class BatchValue(Value):
 
     def backward(self, gram: Tensor, d: Tensor | None, *, feedback: bool) -> tuple[Policy, "BatchValue"]:
         n = len(self.information)
-        gram = linalg.symmetrise(gram.double())
+        gram = gram.double()
         straight = self.a.flatten()[n:]
         precision = self.precision + gram[:n, :n]
         information = self.information - gram[:n, n:] @ straight

@@ -66,15 +66,22 @@ def conv_moments(g: Tensor) -> Moments:
 
 def conv_weight_gradients(layer: nn.Conv1d | nn.Conv2d, x: Tensor, v: Tensor) -> Tensor:
     """``[B, out, fan]`` by one convolution: each sample is a group of a single image, so none are summed."""
-    B, zeros, padding = len(x), [0] * (x.ndim - 2), layer.padding
+    B, n, padding = len(x), x.ndim - 2, layer.padding
     if layer.padding_mode != "zeros" or isinstance(padding, str):  # as the layer's forward does
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x, padding = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode), tuple(zeros)
+        x, padding = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0,) * n
+    if layer.groups == 1 and layer.in_channels % 8 and (x.dtype, x.device.type) == (torch.float32, "cpu"):
+        # a processor is slow at that unless channels come by the eight: patches of the inputs instead
+        x = nn.functional.pad(x, [side for own in reversed(padding) for side in (own, own)])
+        for i, (k, stride, d) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+            x = x.unfold(2 + i, d * (k - 1) + 1, stride)[..., ::d]
+        x = x.permute(0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n)).flatten(1, 1 + n)
+        return (x.flatten(2) @ v.flatten(2).mT).mT
     like = x.new_empty(1).expand(B * layer.out_channels, *layer.weight.shape[1:])
     x, v = x.reshape(1, -1, *x.shape[2:]), v.reshape(1, -1, *v.shape[2:])
-    geometry = (layer.stride, padding, layer.dilation, False, zeros, B * layer.groups, (False, True, False))
-    g: Tensor = torch.ops.aten.convolution_backward(v, x, like, None, *geometry)[1]
-    return g.reshape(B, layer.out_channels, -1)
+    geometry = (layer.stride, padding, layer.dilation, False, (0,) * n, B * layer.groups, (False, True, False))
+    g = torch.ops.aten.convolution_backward(v, x, like, None, *geometry)[1]
+    return Tensor.reshape(g, (B, layer.out_channels, -1))
 
 
 def moments(layer: Layer, x: Tensor, v: Tensor, weight: bool, bias: bool) -> Moments:
@@ -129,10 +136,10 @@ class EKFAC(Optimizer):
     ``S = sum v v'/(B P)``, x with a 1 for the bias, v gradients of each sample's own loss at the output.
     Convolution: ``A = mean_n g'g / sqrt(tau)``, ``S = mean_n g g' / sqrt(tau)``, ``tau = mean_n |g|^2``;
     George et al. have moments of patches and output gradients; trace and Kronecker structure are the same, E
-    is measured in the basis either way, and nothing is unfolded. Convolutions, and Linear layers with P > 1,
-    form per-sample gradients, ``B * out * fan`` numbers. All else (norms, tied weights, layers not called as
-    modules) takes a plain SGD step; frozen parameters are skipped. Not for ``torch.amp.GradScaler``, whose
-    scale would stay in the recorded gradients (bfloat16 needs none).
+    is measured in the basis either way. Convolutions, and Linear layers with P > 1, form per-sample gradients,
+    ``B * out * fan`` numbers. All else (norms, tied weights, layers not called as modules) takes a plain SGD
+    step; frozen parameters are skipped. Not for ``torch.amp.GradScaler``, whose scale would stay in the
+    recorded gradients (bfloat16 needs none).
 
     Args:
         model: the network; ``lr``, ``damping``, ``momentum``, ``weight_decay`` live in its parameter group.

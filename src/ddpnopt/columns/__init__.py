@@ -11,7 +11,7 @@ several processes. All answer the same
 questions, and a test equates them.
 """
 
-from .base import WIDEST, Columns, Diagonal, Moment, add_
+from .base import CHUNK, WIDEST, Columns, Diagonal, Moment, add_
 from .combine import over_batches, over_uses
 from .dense import DenseColumns
 from .outer import OuterColumns
@@ -20,6 +20,7 @@ from .scaled import ScaledColumns
 from .spread import SpreadColumns, spreads
 
 __all__ = [
+    "CHUNK",
     "WIDEST",
     "Columns",
     "DenseColumns",

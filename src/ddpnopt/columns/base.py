@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .dense import DenseColumns
 
 CHUNK = 1 << 18
-"""Largest number of per-sample gradient entries formed at once in :meth:`OuterColumns.gram`: they stay in cache."""
+"""How many numbers are worked on at once where more would leave the processor's cache."""
 
-ROWS = 128
+ROWS = 64
 """Rows of a Gram matrix computed at once; of each only the part up to the diagonal."""
 
 WIDEST = 4096
@@ -184,14 +184,15 @@ def add_(control: Sequence[Tensor], direction: Tensor, alpha: float) -> None:
             part.copy_(part.to(own.dtype).add_(own, alpha=alpha))
 
 
-def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left right'`` for ``[n, side]`` that is known to be symmetric: for many rows half of it is computed."""
+def symmetric_product(left: Tensor, right: Tensor, solve: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
+    """``solve(left) right'`` for ``[n, side]`` that is known to be symmetric: for many rows half of it is computed.
+
+    ``solve`` gets some rows at a time, so that what it makes of them stays in the processor's cache.
+    """
     n = len(left)
-    if n <= ROWS:
-        return left @ right.mT
     product = left.new_empty(n, n)
     for start in range(0, n, ROWS):
         end = min(start + ROWS, n)
-        torch.mm(left[start:end], right[:end].mT, out=product[start:end, :end])
+        torch.mm(solve(left[start:end]), right[:end].mT, out=product[start:end, :end])
         product[:start, start:end] = product[start:end, :start].mT
     return product

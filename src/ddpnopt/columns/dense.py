@@ -31,13 +31,12 @@ class DenseColumns(Columns):
 
     def gram(self, inverse: Inverse) -> Tensor:
         if isinstance(inverse, Separable) and isinstance(inverse.fan_in, LowRank):
-            # two products, one of them thin, and nothing of the gradients' size is written but S^-1 U
+            # two products, one of them thin, and nothing of the gradients' size is written
             side, rest = inverse.fan_in, Separable(inverse.out, None, inverse.scale)
             thin = self.values @ side.basis
-            return _product(self.values, rest.solve(self.values)) * side.rest + _product(
-                thin, rest.solve(thin * side.weights)
-            )
-        return _product(self.values, inverse.solve(self.values))
+            weighted = Separable(inverse.out, side.weights, inverse.scale)
+            return _product(self.values, rest).mul_(side.rest).add_(_product(thin, weighted))
+        return _product(self.values, inverse)
 
     def sample_gram(self, inverse: Inverse) -> Tensor:
         return torch.einsum("rboi,qboi->brq", self.values, inverse.solve(self.values))
@@ -73,6 +72,7 @@ class DenseColumns(Columns):
         return self
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``[N, N]`` inner products of gradients ``[R, B, out, fan_in]``, known to be symmetric."""
-    return symmetric_product(left.flatten(0, 1).flatten(1), right.flatten(0, 1).flatten(1))
+def _product(values: Tensor, inverse: Inverse) -> Tensor:
+    """``U M^-1 U'``, ``[N, N]``, of gradients ``[R, B, out, fan_in]``."""
+    rows = values.flatten(0, 1).flatten(1)
+    return symmetric_product(rows, rows, lambda some: inverse.solve(some.view(-1, *values.shape[2:])).flatten(1))

@@ -55,7 +55,7 @@ class OuterColumns(Columns):
         inputs = symmetric_product(x, x_solved).view(self.batch, s, self.batch, s)
         outputs = symmetric_product(v, v_solved).view(self.count, self.batch, s, self.count, self.batch, s)
         gram = (outputs * inputs[None, :, :, None]).sum((2, 5)) if s > 1 else _hadamard(outputs, inputs)
-        return gram.reshape(n, n) * inverse.scale
+        return gram.reshape(n, n).mul_(inverse.scale) if inverse.scale != 1.0 else gram.reshape(n, n)
 
     def _solve(self, inverse: Separable) -> tuple[Tensor, Tensor]:
         """``v S^-1 [R B S, out]`` and ``x A^-1 [B S, fan_in]``; the Gram matrix and then the update ask for them."""
@@ -123,8 +123,7 @@ class OuterColumns(Columns):
         if not isinstance(inverse, Separable) or not (few or id(inverse) in self._solved):
             return None
         v, x = self._solve(inverse)
-        weighted = v.view(self.v.shape) * (weights.to(v.dtype) * inverse.scale)[..., None, None]
-        return weighted.sum(0).flatten(0, 1), x
+        return _combined(v.view(self.v.shape), weights * inverse.scale).flatten(0, 1), x
 
     def moments(self) -> tuple[Moment, Moment]:
         outputs, inputs = self.v.flatten(0, 2), self.x.flatten(0, 1)
@@ -137,7 +136,7 @@ class OuterColumns(Columns):
         return v[:, :, 0].square().sum(0).mT @ x[:, 0].square() / self.batch
 
     def combined(self, weights: Tensor) -> "OuterColumns":
-        return OuterColumns((weights.to(self.v.dtype)[..., None, None] * self.v).sum(0, keepdim=True), self.x)
+        return OuterColumns(_combined(self.v, weights)[None], self.x)
 
     def multiplied(self, scale: Tensor) -> "OuterColumns":
         return OuterColumns(self.v * scale.to(self.v.dtype)[:, None, None], self.x)
@@ -151,8 +150,13 @@ class OuterColumns(Columns):
 
 
 def _outer_sum(v: Tensor, x: Tensor, weights: Tensor) -> Tensor:
-    v = (weights.to(v.dtype)[..., None, None] * v).sum(0)
-    return v.flatten(0, 1).mT @ x.flatten(0, 1)
+    return _combined(v, weights).flatten(0, 1).mT @ x.flatten(0, 1)
+
+
+def _combined(v: Tensor, weights: Tensor) -> Tensor:
+    """``sum_r w_rb v_rb``, ``[B, S, out]``."""
+    weighted = v * weights.to(v.dtype)[..., None, None]
+    return weighted[0] if len(weighted) == 1 else weighted.sum(0)
 
 
 def _hadamard(outputs: Tensor, inputs: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class ScaledColumns(Columns):
         return self.columns.directional(direction) * self.scale
 
     def gram(self, inverse: Inverse) -> Tensor:
-        scale = self.scale.repeat(self.count)
-        return self.columns.gram(inverse).mul_(scale[:, None] * scale)
+        scale = self.scale.expand(self.count, -1).flatten()
+        return self.columns.gram(inverse).mul_(scale[:, None]).mul_(scale)
 
     def sample_gram(self, inverse: Inverse) -> Tensor:
         return self.columns.sample_gram(inverse) * self.scale.square()[:, None, None]

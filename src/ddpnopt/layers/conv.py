@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from ..columns import Columns, DenseColumns
 from .base import Block, Call, LayerRule, argument, only_cotangent, weight_and_bias
 
+AT_ONCE = 1 << 20
+"""How many numbers of inputs and output gradients a grouped convolution gets at once: it copies them."""
+
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -30,8 +33,7 @@ class ConvRule(LayerRule):
         assert isinstance(module, Convolution)
         v = only_cotangent(call)
         x, padding = _padded(module, argument(call.args, call.kwargs, 0, "input").to(v.dtype))
-        of = {"weight": lambda: _weight_gradients(module, x, v, padding), "bias": lambda: _bias_gradients(v)}
-        return [DenseColumns(torch.cat([of[name]() for name in block.names], 3)) for block in blocks]
+        return [DenseColumns(_gradients(module, block, x, v, padding)) for block in blocks]
 
 
 class ConvTransposeRule(LayerRule):
@@ -52,8 +54,7 @@ class ConvTransposeRule(LayerRule):
         x = argument(call.args, call.kwargs, 0, "input").to(v.dtype)
         assert not isinstance(module.padding, str)
         padding = module.padding
-        of = {"weight": lambda: _weight_gradients(module, x, v, padding), "bias": lambda: _bias_gradients(v)}
-        return [DenseColumns(of[block.names[0]]()) for block in blocks]
+        return [DenseColumns(_gradients(module, block, x, v, padding)) for block in blocks]
 
 
 def _leads_with_batch(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -63,45 +64,68 @@ def _leads_with_batch(module: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     return ndim == len(module.kernel_size) + 2
 
 
-def _bias_gradients(v: Tensor) -> Tensor:
-    """``[R, B, out, 1]``."""
-    return v.flatten(3).sum(3)[..., None]
+def _gradients(
+    module: Convolution | Transposed, block: Block, x: Tensor, v: Tensor, padding: tuple[int, ...]
+) -> Tensor:
+    """``[R, B, *matrix]`` of a block, for inputs ``x [B, in, ...]`` and output gradients ``v [R, B, out, ...]``."""
+    gradients = v.new_empty(*v.shape[:2], *block.shape)
+    if "bias" in block.names:
+        gradients[..., -1] = v.flatten(3).sum(3)
+    if "weight" not in block.names:
+        return gradients
+    of = _by_unfolding if _odd(module, x) else _by_groups
+    samples = max(1, AT_ONCE // max(1, x[:1].numel() + v[:1, :1].numel()))
+    weight = gradients[..., : module.weight[0].numel()]
+    for part, images, columns in zip(weight.split(samples, 1), x.split(samples), v.split(samples, 1), strict=True):
+        for into, column in zip(part, columns, strict=True):
+            into.copy_(of(module, images, column, padding))
+    return gradients
 
 
-def _weight_gradients(module: Convolution | Transposed, x: Tensor, v: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """``[R, B, *matrix]``: with every sample a group of one image, the batch sum falls apart."""
-    batch, places = len(x), x.ndim - 2
-    rows, *others = module.weight.shape
-    more = _output_padding(module, x, v) if module.transposed else (0,) * places
-    x = x.reshape(1, -1, *x.shape[2:])
-    shape = (batch * rows, *others)
-    gradients = []
-    for column in v:
-        _, gradient, _ = torch.ops.aten.convolution_backward(
-            column.reshape(1, -1, *column.shape[2:]),
-            x,
-            x.new_empty(1).expand(shape),
-            None,
-            module.stride,
-            padding,
-            module.dilation,
-            module.transposed,
-            more,
-            batch * module.groups,
-            (False, True, False),
-        )
-        gradients.append(gradient.reshape(batch, rows, -1))
-    return gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)
+def _odd(module: Convolution | Transposed, x: Tensor) -> bool:
+    """Whether groups of one image are slow: a processor's float32 kernels are made for channels by the eight."""
+    on_processor = x.dtype == torch.float32 and x.device.type == "cpu"
+    return on_processor and not module.transposed and module.groups == 1 and module.in_channels % 8 > 0
+
+
+def _by_groups(module: Convolution | Transposed, x: Tensor, v: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """``[B, rows, numbers]``: with every sample a group of one image, the batch sum falls apart."""
+    batch, rows = len(x), len(module.weight)
+    more = _output_padding(module, x, v) if module.transposed else (0,) * (x.ndim - 2)
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        v.reshape(1, -1, *v.shape[2:]),
+        x.reshape(1, -1, *x.shape[2:]),
+        x.new_empty(1).expand(batch * rows, *module.weight.shape[1:]),
+        None,
+        module.stride,
+        padding,
+        module.dilation,
+        module.transposed,
+        more,
+        batch * module.groups,
+        (False, True, False),
+    )[1]
+    return gradient.view(batch, rows, -1)
+
+
+def _by_unfolding(module: Convolution | Transposed, x: Tensor, v: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """``[B, rows, numbers]``: products of the patches with the output gradients; for one group."""
+    n = x.ndim - 2
+    patches = F.pad(x, [pad for own in reversed(padding) for pad in (own, own)])
+    for i, (size, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        patches = patches.unfold(2 + i, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    patches = patches.permute(0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n))
+    return (patches.flatten(1, 1 + n).flatten(2) @ v.flatten(2).mT).mT
 
 
 def _output_padding(module: Convolution | Transposed, x: Tensor, v: Tensor) -> tuple[int, ...]:
-    """What the outputs ``v [R, B, out, ...]`` are longer than the inputs ask for: a call may name their size."""
+    """What the outputs ``v [B, out, ...]`` are longer than the inputs ask for: a call may name their size."""
     kernel, stride, padding, dilation = module.kernel_size, module.stride, module.padding, module.dilation
     plain = [
         (inputs - 1) * stride[i] - 2 * int(padding[i]) + dilation[i] * (kernel[i] - 1) + 1
         for i, inputs in enumerate(x.shape[2:])
     ]
-    return tuple(outputs - size for outputs, size in zip(v.shape[3:], plain, strict=True))
+    return tuple(outputs - size for outputs, size in zip(v.shape[2:], plain, strict=True))
 
 
 def _padded(module: Convolution, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
