@@ -64,7 +64,7 @@ class Plan:
         return {
             "task": self.task.name,
             "budget": self.budget,
-            "method": "step times",
+            "method": "processor time",
             "methods": [method.name for method in self.methods],
         }
 
@@ -129,7 +129,7 @@ class Recorder:
             raise StoppedError
         key = records.key(settings)
         if key not in self._known:
-            result = make() | {"registration": self._digest[:12]}
+            result = {**make(), "registration": self._digest[:12]}
             records.append(self._path, settings, result)
             self._known[key] = result
         self._advance()

@@ -99,9 +99,11 @@ class Place:
 
 
 def _ddpnopt(place: Place, damping: float = 0.1, terminal: str = "gradient", **options: Any) -> Trainer:
-    ending = {"gradient": Gradient, "matched": lambda: Matched(place.criterion)}[terminal]()
+    endings: dict[str, Gradient | Matched] = {"gradient": Gradient(), "matched": Matched(place.criterion)}
     curvature = Kronecker(damping=damping)
-    return LossOnly(place.model, (DDPNOpt(place.model, place.lr, curvature=curvature, terminal=ending, **options),))
+    return LossOnly(
+        place.model, (DDPNOpt(place.model, place.lr, curvature=curvature, terminal=endings[terminal], **options),)
+    )
 
 
 def _sgd(place: Place, **options: Any) -> Trainer:

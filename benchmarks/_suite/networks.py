@@ -80,7 +80,8 @@ class Block(nn.Module):
         q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in self.to_qkv(self.norm(x)).chunk(3, 2))
         heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.back(heads.transpose(1, 2).flatten(2))
-        return x + self.dense(x)
+        out: Tensor = x + self.dense(x)
+        return out
 
 
 class Transformer(nn.Module):

@@ -19,6 +19,7 @@ CONTEXT = 32  # letters that the transformer sees
 NOISE = 1.0  # of Friedman's set, the usual one
 EVALUATED_AT_ONCE = 1000
 Pair = tuple[Tensor, Tensor]
+Triple = tuple[Pair, Pair, Pair]
 
 
 class TokenLoss(nn.CrossEntropyLoss):
@@ -43,17 +44,7 @@ class Samples:
     test: Pair
     outputs: int
     criterion: nn.Module
-    constant: float | None
-
-    @property
-    def chance(self) -> float:
-        """Score of guessing, in percent."""
-        return 100 / self.outputs if self.constant is None else 0.0
-
-    @property
-    def floor(self) -> float:
-        """Score below which a model has collapsed, in percent."""
-        return self.chance + 10 if self.constant is None else 0.0
+    constant: float | None = None
 
 
 @lru_cache(maxsize=2)
@@ -97,24 +88,26 @@ def score(model: nn.Module, samples: Samples, part: Pair) -> tuple[float, float]
     return 100 * (right if samples.constant is None else 1 - loss / samples.constant), loss
 
 
-def _cut(parts: list[Pair], size: Size) -> list[Pair]:
+def _cut(parts: Triple, size: Size) -> Triple:
     wanted = (size.train, size.validation, size.test)
     for (x, _), count, name in zip(parts, wanted, ("train", "validation", "test"), strict=True):
         if len(x) < count:
             raise ValueError(f"the {name} part has {len(x)} samples, but {count} are registered")
-    return [(x[:count].clone(), y[:count].clone()) for (x, y), count in zip(parts, wanted, strict=True)]
+    train, validation, test = ((x[:n].clone(), y[:n].clone()) for (x, y), n in zip(parts, wanted, strict=True))
+    return train, validation, test
 
 
 def _classes(source: str, size: Size, folder: Path | None) -> Samples:
     loaded = data.load(source, folder)
-    parts = _cut([(part.x, part.y) for part in (loaded.train, loaded.validation, loaded.test)], size)
-    return Samples(*parts, outputs=loaded.source.classes, criterion=nn.CrossEntropyLoss(), constant=None)
+    train, validation, test = ((part.x, part.y) for part in (loaded.train, loaded.validation, loaded.test))
+    parts = _cut((train, validation, test), size)
+    return Samples(*parts, loaded.source.classes, nn.CrossEntropyLoss())
 
 
 def _pictures_themselves(source: str, size: Size, folder: Path | None) -> Samples:
     loaded = data.load(source.removesuffix("-itself"), folder)
-    flat = [part.x.flatten(1) for part in (loaded.train, loaded.validation, loaded.test)]
-    return _regression(_cut([(x, x) for x in flat], size))
+    train, validation, test = (part.x.flatten(1) for part in (loaded.train, loaded.validation, loaded.test))
+    return _regression(_cut(((train, train), (validation, validation), (test, test)), size))
 
 
 def _friedman(_: str, size: Size, __: Path | None) -> Samples:
@@ -127,13 +120,14 @@ def _friedman(_: str, size: Size, __: Path | None) -> Samples:
     columns = (columns - own.mean(0)) / own.std(0)
     x, y = (torch.tensor(part, dtype=torch.float32) for part in (columns[:, :-1], columns[:, -1:]))
     cuts = (size.train, size.validation, size.test)
-    return _regression(list(zip(x.split(cuts), y.split(cuts), strict=True)))
+    train, validation, test = zip(x.split(cuts), y.split(cuts), strict=True)
+    return _regression((train, validation, test))
 
 
-def _regression(parts: list[Pair]) -> Samples:
+def _regression(parts: Triple) -> Samples:
     y = parts[0][1]
     constant = float((y - y.mean(0)).square().mean())
-    return Samples(*parts, outputs=y.shape[1], criterion=nn.MSELoss(), constant=constant)
+    return Samples(*parts, y.shape[1], nn.MSELoss(), constant)
 
 
 def _shakespeare(_: str, size: Size, folder: Path | None) -> Samples:
@@ -146,9 +140,9 @@ def _shakespeare(_: str, size: Size, folder: Path | None) -> Samples:
     letters = {letter: i for i, letter in enumerate(sorted(set(text)))}
     codes = torch.tensor([letters[letter] for letter in text])
     ninth, last = len(codes) * 9 // 10, len(codes) * 19 // 20
-    parts = _cut([_windows(codes[:ninth]), _windows(codes[ninth:last]), _windows(codes[last:])], size)
+    parts = _cut((_windows(codes[:ninth]), _windows(codes[ninth:last]), _windows(codes[last:])), size)
     share = torch.bincount(parts[0][1].flatten(), minlength=len(letters)) / parts[0][1].numel()
-    return Samples(*parts, outputs=len(letters), criterion=TokenLoss(), constant=float(torch.special.entr(share).sum()))
+    return Samples(*parts, len(letters), TokenLoss(), float(torch.special.entr(share).sum()))
 
 
 def _windows(codes: Tensor) -> Pair:

@@ -1,13 +1,13 @@
 """The search that every tuned method gets: the same number of trials, chosen by the same rule. Pure functions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .registration import Method, Options
 
-Result = dict[str, Any]
+Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
