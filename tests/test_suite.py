@@ -39,6 +39,7 @@ def test_marks_are_dense_at_first_and_end_with_the_run() -> None:
     assert marks(300)[19:22] == (60, 75, 90)
     assert marks(300)[-1] == 300
     assert marks(101)[-1] == 101
+    assert marks(150)[:2] == (2, 4)
     assert marks(3) == (1, 2, 3)
 
 
