@@ -29,6 +29,7 @@ def page(registration: Registration, outcomes: Sequence[Outcome], budget: str, p
             _head(registration, outcomes, budget),
             _first(registration, complete),
             _overview(complete),
+            _methods(registration, outcomes),
             _sensitivity(registration, outcomes),
             _ablation(registration, outcomes),
             *(_task(registration, outcome, budget, complete) for outcome in outcomes),
@@ -108,6 +109,27 @@ paired by seed, with 95 % t interval.
 Share of tasks in which a method's steps (left) or time (right) to the final target are at most a factor times the best
 method's; a method that misses never counts.
 """
+
+
+def _methods(registration: Registration, outcomes: Sequence[Outcome]) -> str:
+    rows = []
+    for method in registration.methods.values():
+        there = [o for o in outcomes if method.name in o.entries]
+        reached = sum(math.isfinite(o.entries[method.name].final) for o in there)
+        cells = [_pair(o, method.name) if o in there else "" for o in outcomes]
+        rows.append([method.title, *cells, f"{reached} of {len(there)}"])
+    return f"""## All methods
+
+Steps and time to the final target over tuned AdamW's; ∞: missed.
+
+{table(["steps / time", *(o.task.name for o in outcomes), "reached"], rows)}
+"""
+
+
+def _pair(outcome: Outcome, method: str) -> str:
+    if math.isinf(outcome.entries[method].final):
+        return "∞"
+    return f"{_factor(final_ratio(outcome, method))} / {_factor(time_ratio(outcome, method))}"
 
 
 def _sensitivity(registration: Registration, outcomes: Sequence[Outcome]) -> str:
