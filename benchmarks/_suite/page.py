@@ -262,7 +262,8 @@ def _end(registration: Registration, outcomes: Sequence[Outcome], python: str) -
 * SAM and L-BFGS evaluate the gradient several times a step: their time shows it, their steps do not.
 * Time: steps times the method's median step time, all methods taking turns in one process on one thread. It is
   processor time: the machine was shared, and a long step loses more of the clock's time to others than a short one.
-  DDPNOpt is stepped by a closure that returns the loss.
+  DDPNOpt is stepped by a closure that returns the loss. L-BFGS, at the learning rate of the measurement, may end a step
+  early: its time is a lower bound.
 * Two things were decided after the first two tasks had been run, and are not in the registration: that step times are
   processor time; and that of an even number of seeds a target is the lower of the two middle values, since with their
   mean the reference may miss its own target.

@@ -19,7 +19,7 @@ from .methods import AtWork, Place, start
 from .registration import Method, Size, Task
 from .tasks import Samples
 
-SMALL_LR = 1e-4  # whatever the method: weights must stay finite, and no time depends on it
+SMALL_LR = 1e-4  # weights must stay finite; no time depends on it, but for L-BFGS, which may end a step early
 WARM_UP = 11  # steps: the state is made, and what is refreshed every ten steps has been twice
 
 
