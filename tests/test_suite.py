@@ -171,7 +171,7 @@ data = "digits"
 network = "mlp"
 quick = { train = 200, validation = 60, test = 80, batch = 20, steps = 10, width = [8], seeds = 2, ablation = 2 }
 """
-    methods = whole[whole.index("[methods.ddpnopt-default]") : whole.index("[methods.sgd]")]
+    methods = whole[whole.index("[methods.ddpnopt-default]") : whole.index("[methods.ddpnopt-stagewise]")]
     methods += whole[whole.index("[methods.adamw]") : whole.index("[methods.muon]")]
     ablation = '[ablation]\n"default" = {}\n"stage-wise" = { feedback = false }\n'
     path = folder / "toy.toml"

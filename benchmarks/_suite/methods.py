@@ -175,6 +175,7 @@ def _lbfgs(place: Place, **options: Any) -> Trainer:
 BUILDERS: dict[str, Callable[..., Trainer]] = {
     "ddpnopt-default": _ddpnopt,
     "ddpnopt": _ddpnopt,
+    "ddpnopt-stagewise": _ddpnopt,
     "sgd": _sgd,
     "adamw": _adamw,
     "muon": _muon,

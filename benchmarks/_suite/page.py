@@ -44,9 +44,9 @@ def _head(registration: Registration, outcomes: Sequence[Outcome], budget: str) 
     sizes = "sizes for one slow core" if budget == "quick" else "sizes for a larger machine"
     return f"""# Nine tasks, DDPNOpt and its rivals
 
-Every method gets the same number of tuning trials on validation data; targets were fixed beforehand by rules that stand
-in [`registration.toml`](../../benchmarks/_suite/registration.toml), committed before the first scored run (SHA-256
-`{registration.digest}`). Budget `{budget}`: {sizes}, short runs; they say little about long training.
+Every method gets the same number of tuning trials on validation data; targets are set by rules that stand in
+[`registration.toml`](../../benchmarks/_suite/registration.toml), first committed before the first scored run.
+Budget `{budget}`: {sizes}, short runs; they say little about long training.
 {len(outcomes)} of {len(registration.tasks)} tasks are on record. {not_run}
 """
 
@@ -67,7 +67,7 @@ def _first(registration: Registration, complete: Sequence[Outcome]) -> str:
 def _losses(outcome: Outcome) -> list[str]:
     """What rivals do better than tuned DDPNOpt on one task."""
     own = outcome.entries[OWN]
-    rivals = [e for name, e in outcome.entries.items() if name not in (OWN, DEFAULT)]
+    rivals = [e for name, e in outcome.entries.items() if not name.startswith(OWN)]
     parts = []
     fewer = [e.method.title for e in sorted(rivals, key=lambda e: e.final) if e.final < own.final]
     faster = [e.method.title for e in sorted(rivals, key=lambda e: e.seconds) if e.seconds < own.seconds]
@@ -239,12 +239,7 @@ def _row(registration: Registration, outcome: Outcome, entry: Entry, complete: S
 
 def _end(registration: Registration, outcomes: Sequence[Outcome], python: str) -> str:
     digests = sorted({digest for outcome in outcomes for digest in outcome.digests})
-    own = registration.digest[:12]
-    same = (
-        "All records were made under it."
-        if digests in ([own], [])
-        else f"Records were made under {', '.join(digests)}."
-    )
+    amendments = "\n".join(f"  {number}. {words}" for number, words in enumerate(registration.amendments, 1))
     rates, trials = (
         len(registration.protocol["rates"]),
         count(registration.methods[OWN], registration.protocol["rates"]),
@@ -252,7 +247,9 @@ def _end(registration: Registration, outcomes: Sequence[Outcome], python: str) -
     torch = ", ".join(sorted({version for outcome in outcomes for version in outcome.torch}))
     return f"""## Rules
 
-* Registration `{own}`: tasks, search spaces, seeds, statistics. {same}
+* Registration: tasks, search spaces, seeds, statistics. SHA-256 before the first scored run: `{registration.first}`;
+  now: `{registration.digest}`. Records were made under {", ".join(digests)}. Amendments:
+{amendments}
 * Tuning: {trials} trials a method and task, one seed: {rates} learning rates from 1e-4 to 100, the two half decades
   about the best, two other values for each of two knobs. L-BFGS runs on minibatches and on some tasks only. All
   learning rates decay linearly to 0, but for the schedule-free method's.
@@ -264,9 +261,6 @@ def _end(registration: Registration, outcomes: Sequence[Outcome], python: str) -
   processor time: the machine was shared, and a long step loses more of the clock's time to others than a short one.
   DDPNOpt is stepped by a closure that returns the loss. L-BFGS, at the learning rate of the measurement, may end a step
   early: its time is a lower bound.
-* Two things were decided after the first two tasks had been run, and are not in the registration: that step times are
-  processor time; and that of an even number of seeds a target is the lower of the two middle values, since with their
-  mean the reference may miss its own target.
 * MiB: the most bytes of tensors alive at a time in the first 11 steps, made in the method's process after the data.
 * p: paired t test, Holm's correction over the tasks. Test data choose nothing.
 * Software: {python}, torch {torch}; raw records in [`records`](records), `suite-*.jsonl`.

@@ -74,9 +74,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Registration:
-    """Everything that was fixed before the first scored run."""
+    """What is fixed, and how it came about.
+
+    Attributes:
+        digest: SHA-256 of the file.
+        first: that of the file before the first scored run.
+        amendments: what was changed since, each with when.
+    """
 
     digest: str
+    first: str
+    amendments: tuple[str, ...]
     protocol: Mapping[str, Any]
     claims: Mapping[str, float]
     tasks: Mapping[str, Task]
@@ -99,6 +107,8 @@ def read(path: Path = REGISTRATION) -> Registration:
     content = tomllib.loads(raw.decode())
     return Registration(
         hashlib.sha256(raw).hexdigest(),
+        content["history"]["first"],
+        tuple(content["history"]["amendments"]),
         content["protocol"],
         content["claims"],
         {name: _task(name, entry) for name, entry in content["tasks"].items()},
