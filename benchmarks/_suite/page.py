@@ -159,15 +159,19 @@ within {registration.claims["points"]:g} point of the method's own best (0: only
 
 def _ablation(registration: Registration, outcomes: Sequence[Outcome]) -> str:
     there = [o for o in outcomes if o.ablation]
-    rows = [[name, *(_variant(outcome, name) for outcome in there)] for name in registration.ablation]
+    rows = [
+        [name, *(_variant(outcome, name) for outcome in there), *_counts(there, name)] for name in registration.ablation
+    ]
+    header = ["", *(f"{o.task.name}, {plural(o.size.ablation, 'seed')}" for o in there)]
     return f"""## Ablation at equal settings
 
 DDPNOpt, untuned (learning rate 0.1 unless said), one thing changed. First row: mean test score; others: the change,
 paired by seed, with `*` where its 95 % interval leaves out 0. In brackets the median steps to the final target (∞:
 missed).
 
-{table(["", *(f"{o.task.name}, {plural(o.size.ablation, 'seed')}" for o in there)], rows)}
+{table([*header, "* higher, lower", "fewer steps, more"], rows)}
 
+The last columns count tasks: test score higher and lower beyond its interval; steps to the final target fewer and more.
 `feedback off`: each layer solves its own batch problem (`Q_uu` of the whole batch) and no layer sees another; the
 difference to the first row is what the recursion across layers and the closed loop add.
 """
@@ -181,6 +185,18 @@ def _variant(outcome: Outcome, name: str) -> str:
         return f"{sum(run['test'] or 0.0 for run in runs) / len(runs):.1f}{reached}"
     change = outcome.change(name)
     return f"{change.mean:+.1f}{'*' if change.low > 0 or change.high < 0 else ''}{reached}"
+
+
+def _counts(outcomes: Sequence[Outcome], name: str) -> list[str]:
+    """In how many tasks a variant tests higher and lower than the default, and takes fewer and more steps."""
+    if name == "default":
+        return ["", ""]
+    changes = [outcome.change(name) for outcome in outcomes]
+    steps = [(outcome.steps_of(name), outcome.steps_of("default")) for outcome in outcomes]
+    return [
+        f"{sum(change.low > 0 for change in changes)}, {sum(change.high < 0 for change in changes)}",
+        f"{sum(own < base for own, base in steps)}, {sum(own > base for own, base in steps)}",
+    ]
 
 
 def _task(registration: Registration, outcome: Outcome, budget: str, complete: Sequence[Outcome]) -> str:
