@@ -13,7 +13,7 @@ run: $(READY)  ## DIGITS: DDPNOpt beside SGD, RMSprop and Adam; prints a table, 
 	$(BIN)/ddpnopt compare digits
 
 test: $(READY)  ## all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .

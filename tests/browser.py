@@ -8,6 +8,7 @@ from __future__ import annotations  # playwright's types are named below, and ma
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -105,12 +106,12 @@ def missing() -> str | None:
     return None if _chromium() else f"no browser on the path: install one of {', '.join(NAMES)}"
 
 
-def check_page(path: Path) -> list[str]:
+def check_page(path: Path, browser: Browser | None = None) -> list[str]:
     """Open a file in both widths and colour schemes, with and without network; return what is wrong, in words.
 
     Wrong is: a message of the console or an error, any request but for the file itself, a page wider than its window,
     a picture without size or description, skipped headings, doubled ids, dead links within the page, too little
-    contrast, and a table of verdicts (in ``#verdicts``) that cannot be read.
+    contrast, and a table of verdicts (in ``#verdicts``) that cannot be read. Without ``browser`` one is launched.
 
     Raises:
         ValueError: there is no such file, or the machine lacks what :func:`missing` names.
@@ -120,12 +121,19 @@ def check_page(path: Path) -> list[str]:
         raise ValueError(lack)
     if not path.is_file():
         raise ValueError(f"{path} is not a file; name the page to be checked")
+    with nullcontext(browser) if browser else launched() as opened:
+        return list(dict.fromkeys(_problems(opened, path.resolve().as_uri())))
+
+
+@contextmanager
+def launched() -> Iterator[Browser]:
+    """A browser without a window."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=_chromium(), args=list(OPTIONS))
         try:
-            return list(dict.fromkeys(_problems(browser, path.resolve().as_uri())))
+            yield browser
         finally:
             browser.close()
 

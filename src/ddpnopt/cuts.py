@@ -215,7 +215,7 @@ def _leaf_of(node: Any) -> Any:
 def _cannot_split(node: Node, *, hooked: bool) -> str | None:
     """Why a node cannot be asked for a part of its gradients, besides the whole that autograd asks it for."""
     if isinstance(node, BackwardCFunction):
-        return f"{node.name()} is a custom function"
+        return f"{node.name()} is a custom function, or compiled code"
     if hooked and any(name.startswith("_raw_saved") for name in dir(node)):
         return f"{node.name()} may be checkpointed"
     return None

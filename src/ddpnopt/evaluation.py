@@ -114,8 +114,9 @@ def check_evaluated(found: Evaluated, network: Network | None) -> None:
     if not found.passes and network.layers:
         raise StepError(
             "step() found gradients but saw no forward pass of the model since the last step: step once per backward "
-            "pass, and train through the very module this optimizer was made with, not a part of it, nor through "
-            "what torch.compile made of it (which ignores hooks younger than its first call)"
+            "pass, and train through the very module this optimizer was made with, not a part of it. If it is compiled "
+            "and has run before, its code leaves the optimizer's hooks out: make the optimizer before the first call, "
+            "or call torch.compiler.reset() after"
         )
 
 

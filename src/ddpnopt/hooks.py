@@ -6,6 +6,7 @@ Hooks on the graph hold its pass and what the pass leads to; they hold nothing o
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ class ModuleHook:
     """A module hook that does not keep its recorder alive, and that a copied or pickled model carries along inert."""
 
     def __init__(self, method: Callable[..., None], module: nn.Module):
+        _leave_out_of_compiled_code()
         self._method: weakref.WeakMethod[Callable[..., None]] | None = weakref.WeakMethod(method)
         self._module: weakref.ref[nn.Module] | None = weakref.ref(module)
 
@@ -32,6 +34,13 @@ class ModuleHook:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_method": None, "_module": None}
+
+
+@cache
+def _leave_out_of_compiled_code() -> None:
+    """Let compiled code break off at module hooks and run them as they are: traced, they would see no tensor."""
+    # no decorator, which would import the compiler together with this package: seconds
+    ModuleHook.__call__ = torch.compiler.disable(ModuleHook.__call__)  # type: ignore[method-assign]
 
 
 class Ear(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compiled import refuse_compiled
+from .compiled import plain
 from .coupling import Coupling, is_joint
 from .curvature import Curvature, Kronecker
 from .dense import Dense
@@ -115,10 +115,9 @@ class DDPNOpt(torch.optim.Optimizer):
         check_options(self.curvature, self.terminal, coupling, feedback, on_nonfinite)
         check_stages(coupling, stages)
         check_numbers({"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.model = plain(model_or_params) if isinstance(model_or_params, nn.Module) else None
         if isinstance(coupling, Dense):
-            check_chain(model_or_params)
-        self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
-        refuse_compiled(self.model)
+            check_chain(self.model)
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._steps = 0
@@ -236,7 +235,6 @@ class DDPNOpt(torch.optim.Optimizer):
         found = evaluate(
             closure, self._recorder, self._network, list(self._group_of), every=self._is_base, keep_graph=needs_graph
         )
-        refuse_compiled(self.model, seen=self._recorder is not None and self._recorder.compiled)
         gradients = found.unscaled(1.0 if scale is None else scale)
         try:
             with Transaction(self._names, self.model, found.passes, gradients, self._room) as transaction:

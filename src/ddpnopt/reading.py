@@ -21,7 +21,8 @@ STRAY = (
 )
 SILENT = (
     "it was not seen to run on the batch: one update from the whole batch's gradient. For columns of its own, let the "
-    "model call the module itself on a tensor that leads with the batch, and use no functional form of it"
+    "model call the module itself on a tensor that leads with the batch, use no functional form of it, and make the "
+    "optimizer before torch.compile's code first runs"
 )
 
 

@@ -16,7 +16,6 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from .compiled import running_compiled
 from .conditions import Conditions, rng_states
 from .errors import StepError
 from .hooks import ModuleHook, TensorTap
@@ -50,7 +49,6 @@ class Recorder:
     ):
         self.model = model
         self.live: list[Pass] = []
-        self.compiled = False
         self._begun: list[weakref.ref[Pass]] = []
         self._kept: list[Pass] = []
         self._current: Pass | None = None
@@ -99,7 +97,6 @@ class Recorder:
         self.live.clear()
         self._kept.clear()
         self._unreached = None
-        self.compiled = False
 
     @contextlib.contextmanager
     def keeping_graph(self) -> Iterator[list[Pass]]:
@@ -192,8 +189,6 @@ class Recorder:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or self._before_stage is not None or not torch.is_grad_enabled():
             return
-        if running_compiled():
-            self.compiled = True  # the step refuses; an error raised here would be the compiler's to handle
         if self.live and all(p.grad is None for p in self.model.parameters()):
             self.forget()  # model.zero_grad() has dropped the gradients of a batch that was skipped
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]

@@ -2,14 +2,14 @@
 
 import math
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from examples.scripts import EXAMPLES, run
+
+pytestmark = pytest.mark.xdist_group("integrations")  # their libraries, slow to import, in one worker
 ONE_EPOCH = ["--epochs", "1"]
 # beside what the example is told: the library it needs, if it is no part of the extra `experiments`
 EXAMPLE_OF: dict[str, tuple[list[str], str | None]] = {
@@ -28,15 +28,6 @@ EXAMPLE_OF: dict[str, tuple[list[str], str | None]] = {
     "transformers_trainer.py": (ONE_EPOCH, "transformers"),
 }
 VERSE = "Tyger Tyger, burning bright, in the forests of the night; what immortal hand or eye. "
-
-
-def run(name: str, *words: str, folder: Path) -> str:
-    """What an example prints."""
-    command = [sys.executable, str(EXAMPLES / name), *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "it was not seen to run" not in done.stderr
-    return done.stdout
 
 
 def losses(printed: str) -> list[float]:

@@ -2,8 +2,6 @@
 
 import copy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ddpnopt import DDPNOpt, Matched
+from examples.scripts import run
 
 # their own warnings (few workers, deprecated calls inside) are none of ours
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.xdist_group("integrations")]
 BATCH, EPOCHS = 16, 2
 
 
@@ -167,12 +166,10 @@ def test_skorch_is_the_plain_loop_and_resumes(tmp_path: Path) -> None:
 
 def test_the_trainer_resumes_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    example = Path(__file__).parents[2] / "examples" / "transformers_trainer.py"
-    words = [sys.executable, str(example), "--epochs", "2", "--folder", "run"]
 
     def rows(*more: str) -> list[str]:
-        done = subprocess.run([*words, *more], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return [line for line in done.stdout.splitlines() if line.startswith("epoch")]
+        printed = run("transformers_trainer.py", "--epochs", "2", "--folder", "run", *more, folder=tmp_path)
+        return [line for line in printed.splitlines() if line.startswith("epoch")]
 
     whole = rows()
     checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

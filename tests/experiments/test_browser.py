@@ -1,13 +1,15 @@
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from browser import check_page, missing
+from browser import check_page, launched, missing
 from ddpnopt.experiments import cli
 from ddpnopt.experiments.report.report import write
 from experiments.made_up import AWKWARD, accuracies, grid
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.xdist_group("browser")]
 
 GOOD = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>page</title></head>
 <body style="margin: 0"><h1 id="top">Title</h1><a href="#top">up</a>
@@ -23,27 +25,34 @@ def page(extra: str) -> Path:
     return path
 
 
-def test_the_report_opens_without_a_fault(tmp_path: Path) -> None:
+Check = Callable[[Path], list[str]]
+
+
+@pytest.fixture(scope="module")
+def check() -> Iterator[Check]:
+    with launched() as browser:
+        yield partial(check_page, browser=browser)
+
+
+def test_the_report_opens_without_a_fault(tmp_path: Path, check: Check) -> None:
     sections = [accuracies(), grid()]
     seconds, commands = {"table3": 4000.0, "fig4": 3.0}, {"table3": "ddpnopt table3", "fig4": AWKWARD}
-    assert check_page(write(sections, tmp_path / "report", AWKWARD, seconds, commands)) == []
+    assert check(write(sections, tmp_path / "report", AWKWARD, seconds, commands)) == []
 
 
-def test_a_comparison_opens_without_a_fault() -> None:
+def test_a_comparison_opens_without_a_fault(check: Check) -> None:
     words = ["compare", "iris", "--optimizers", "ddpnopt", "sgd", "--seeds", "2", "--epochs", "2", "--no-tune"]
     assert cli.main(words) == 0
-    found = check_page(Path("runs/compare-iris/index.html"))
+    found = check(Path("runs/compare-iris/index.html"))
     assert found == []
 
 
-def test_a_good_page_has_no_fault() -> None:
-    assert check_page(page("")) == []
+def test_a_good_page_has_no_fault(check: Check) -> None:
+    assert check(page("")) == []
 
 
-def test_what_the_console_says_is_a_fault() -> None:
-    found = check_page(
-        page("<script>console.error('lost'); console.warn('online', navigator.onLine); nowhere()</script>")
-    )
+def test_what_the_console_says_is_a_fault(check: Check) -> None:
+    found = check(page("<script>console.error('lost'); console.warn('online', navigator.onLine); nowhere()</script>"))
     assert {problem.partition(" (")[0] for problem in found} == {
         "console error: lost",
         "console warning: online true",
@@ -53,17 +62,17 @@ def test_what_the_console_says_is_a_fault() -> None:
     assert len(found) == 3 * 2 * 2 * 2  # two widths, two colour schemes, with and without network
 
 
-def test_a_picture_from_outside_is_a_fault_even_where_there_is_no_network() -> None:
-    found = check_page(page('<img alt="far away" src="https://example.invalid/far.png">'))
+def test_a_picture_from_outside_is_a_fault_even_where_there_is_no_network(check: Check) -> None:
+    found = check(page('<img alt="far away" src="https://example.invalid/far.png">'))
     asked = [problem for problem in found if problem.startswith("request: https://example.invalid/far.png")]
     assert len(asked) == 2 * 2 * 2
     assert any("no network" in problem for problem in asked)
     assert any(problem.startswith("picture not loaded") for problem in found)
 
 
-def test_a_file_beside_the_page_is_a_fault() -> None:
+def test_a_file_beside_the_page_is_a_fault(check: Check) -> None:
     Path("style.css").write_text("h1 { margin: 0 }")
-    found = check_page(page('<link rel="stylesheet" href="style.css">'))
+    found = check(page('<link rel="stylesheet" href="style.css">'))
     assert {problem.partition(": ")[0] for problem in found} == {"request"}
 
 
@@ -86,11 +95,11 @@ ROWS = {
 }
 
 
-def test_what_a_reader_would_stumble_over_is_a_fault() -> None:
+def test_what_a_reader_would_stumble_over_is_a_fault(check: Check) -> None:
     path = page("".join(FAULTS))
     text = path.read_text().replace("</tr></thead>", f"{next(iter(ROWS))}</tr></thead>")
     path.write_text(text.replace("<td>holds</td>", "<td>holds</td></tr><tr>" + "</tr><tr>".join([*ROWS][1:])))
-    found = check_page(path)
+    found = check(path)
     for words in [*FAULTS.values(), *ROWS.values()]:
         assert any(problem.startswith(words) for problem in found), words
     assert not any("holds</td>" in problem for problem in found)

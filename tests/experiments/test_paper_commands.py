@@ -35,7 +35,7 @@ def bad(lab: Lab, quick: bool) -> Section:
 EXPERIMENTS = {
     "toy": Experiment("Squares of numbers.", lambda lab, quick: section("toy", lab, 3 if quick else 5, 0.0)),
     "bad": Experiment("Fails.", bad),
-    "slow": Experiment("Takes time.", lambda lab, quick: section("slow", lab, 40, 0.2)),
+    "slow": Experiment("Takes time.", lambda lab, quick: section("slow", lab, 24, 0.1)),
 }
 
 
