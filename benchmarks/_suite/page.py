@@ -8,7 +8,7 @@ from _markdown import duration, number, plural, table, verdict
 from .claims import DEFAULT, OWN, REFERENCE, claims, early_ratio, final_ratio, judged, memory_ratio, time_ratio
 from .registration import Registration
 from .scoring import holm
-from .study import Entry, Outcome
+from .study import Entry, Outcome, floor
 from .tuning import count
 
 FIGURE = "suite-profiles.png"
@@ -56,6 +56,12 @@ def _first(registration: Registration, complete: Sequence[Outcome]) -> str:
     rows = [[claim.words, "holds" if claim.holds else "**does not hold**", claim.found] for claim in found]
     rows.sort(key=lambda row: row[1] == "holds")
     losses = [line for outcome in complete for line in _losses(outcome)]
+    losses += [
+        f"* **{o.task.title}**: its wins count for little. Tuned AdamW itself ends at {o.targets.final:.1f}, below the "
+        f"{floor(o.task):g} under which a run counts as collapsed: these runs are too short for this network."
+        for o in complete
+        if o.targets.final < floor(o.task)
+    ]
     return f"""## Where DDPNOpt loses or misses
 
 {table(["registered claim, DDPNOpt tuned unless said otherwise", "", "found"], rows)}
