@@ -129,12 +129,19 @@ def test_code_older_than_the_optimizer_leaves_its_hooks_out(training: Training) 
     training.assert_plain()
 
 
-def test_a_part_older_than_the_optimizer_is_named(training: Training) -> None:
-    training.model[2] = torch.compile(training.model[2], backend=BACKEND)  # type: ignore[assignment]
-    training.loss(training.model)
-    optimizer = DDPNOpt(training.model)
-    with pytest.warns(UserWarning, match=r"2\._orig_mod, Linear: it was not seen to run.*before torch\.compile's code"):
-        training.steps(optimizer, training.model, 1)
+@pytest.mark.parametrize("how", ["given", "in place", "a part"])
+def test_code_of_the_model_that_is_given_is_made_anew(training: Training, how: str) -> None:
+    call: Call = training.model
+    if how == "given":
+        call = torch.compile(training.model, backend=BACKEND)
+    elif how == "in place":
+        training.model.compile(backend=BACKEND)
+    else:
+        training.model[2] = torch.compile(training.model[2], backend=BACKEND)  # type: ignore[assignment]
+    training.loss(call).backward()
+    optimizer = DDPNOpt(call if how == "given" else training.model)  # type: ignore[arg-type]
+    training.steps(optimizer, call)
+    training.assert_plain()
 
 
 @pytest.mark.parametrize("end", ["close", "del"])

@@ -21,25 +21,12 @@ from _conformance.problems import Problem
 from torch import distributed, nn
 from torch.optim import LBFGS, SGD, Optimizer
 
-NOT_YET = {
-    "compiled": "refused: hooks inside a compiled model stay silent",
-}
-
 
 @pytest.mark.parametrize("method", ["ddpnopt", "ddpnopt-sample"])
-@pytest.mark.parametrize(
-    "probe",
-    [pytest.param(p, marks=pytest.mark.xfail(reason=NOT_YET[p], strict=True) if p in NOT_YET else ()) for p in PROBES],
-)
+@pytest.mark.parametrize("probe", PROBES)
 def test_ddpnopt(probe: str, method: str) -> None:
     found = answer(METHODS[method], PROBES[probe])
     assert found.verdict == "yes", found.remark
-
-
-def test_what_is_not_yet_is_refused_by_name_or_told() -> None:
-    """Of the refusals, the message is the right one: no probe fails for a reason other than the one stated."""
-    said = {probe: answer(METHODS["ddpnopt"], PROBES[probe]).remark for probe in NOT_YET}
-    assert "StepError" in said["compiled"]
 
 
 class Forgetful(SGD):

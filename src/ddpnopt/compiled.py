@@ -1,5 +1,6 @@
-"""The module inside a compiled one."""
+"""Compiled models: the module inside, and code that is older than the hooks."""
 
+import torch
 from torch import nn
 
 
@@ -10,3 +11,9 @@ def plain(model: nn.Module) -> nn.Module:
     """
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def drop_old_code(model: nn.Module) -> None:
+    """Have compiled code made anew, if the model or a part of it is compiled: of new hooks, old code knows nothing."""
+    if any(plain(module) is not module or module._compiled_call_impl is not None for module in model.modules()):
+        torch.compiler.reset()

@@ -12,7 +12,7 @@ from torch import nn
 
 from .accord import Accord, ScalerError
 from .clipping import NO_FACTOR, Witness
-from .compiled import plain
+from .compiled import drop_old_code, plain
 from .coupling import Coupling, is_joint
 from .curvature import Curvature, Kronecker
 from .dense import Dense
@@ -125,6 +125,7 @@ class DDPNOpt(torch.optim.Optimizer):
         check_numbers({"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         wrapper: Any = None
         if isinstance(model_or_params, nn.Module):
+            drop_old_code(model_or_params)
             inner, wrapper = unwrapped(plain(model_or_params))
             model_or_params = plain(inner)
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
