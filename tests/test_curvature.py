@@ -1,6 +1,7 @@
 """Curvatures: averages, refresh, damping, and the ladder of factorisations down to the last good one."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from ddpnopt.columns import Moment, OuterColumns
 from ddpnopt.curvature import Curvature
 from ddpnopt.curvature.base import State
 from ddpnopt.curvature.factor import averaged, inverted, side, split_ridge
+from ddpnopt.curvature.kronecker import next_time
 from ddpnopt.inverse import LowRank, Separable
 
 OUT, FAN_IN = 3, 5
@@ -38,9 +40,9 @@ def test_moving_averages_start_as_means() -> None:
 
 
 def test_inverses_are_of_the_damped_factors_at_the_last_refresh() -> None:
-    curvature, ridge = Kronecker(refresh_every=3, average_every=1), 0.2
-    state, seen = advanced(curvature, 5, ridge)
-    S, A = (torch.stack([c.factors()[i] for c in seen[:4]]).mean(0) for i in (0, 1))
+    curvature, ridge = Kronecker(refresh_every=3, average_every=1, beta=0.99), 0.2
+    state, seen = advanced(curvature, 25, ridge)
+    S, A = (torch.stack([c.factors()[i] for c in seen[:24]]).mean(0) for i in (0, 1))
     l1, l2 = split_ridge(S.diagonal().mean(), A.diagonal().mean(), ridge)
     inverse = curvature.inverse(state, ridge)
     assert isinstance(inverse, Separable)
@@ -51,10 +53,20 @@ def test_inverses_are_of_the_damped_factors_at_the_last_refresh() -> None:
 
 
 def test_a_batch_enters_the_averages_every_few_steps() -> None:
-    state, seen = advanced(Kronecker(refresh_every=2, average_every=3), 6)
-    torch.testing.assert_close(state["A"], (seen[0].factors()[1] + seen[3].factors()[1]) / 2)
-    by_default, seen = advanced(Kronecker(refresh_every=2), 4)
-    torch.testing.assert_close(by_default["A"], (seen[0].factors()[1] + seen[2].factors()[1]) / 2)
+    entered = [*range(11), 12, 14, 16, 18, 20, 23]
+    for curvature in (Kronecker(refresh_every=2, average_every=3, beta=0.99), Kronecker(refresh_every=3, beta=0.99)):
+        state, seen = advanced(curvature, 25)
+        torch.testing.assert_close(state["A"], torch.stack([seen[i].factors()[1] for i in entered]).mean(0))
+
+
+def test_intervals_grow_to_the_given_one() -> None:
+    times = [0]
+    while times[-1] < 130:
+        times.append(next_time(times[-1], 10))
+    gaps = [b - a for a, b in pairwise(times)]
+    assert gaps == sorted(gaps)
+    assert gaps[:11] == [1] * 10 + [2]
+    assert set(gaps[-3:]) == {10}
 
 
 def decaying(count: int, side: int) -> Tensor:

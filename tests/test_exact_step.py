@@ -89,6 +89,7 @@ def test_one_step_is_the_dense_reference(
         terminal=terminals(criterion, network)[terminal],
         coupling=coupling,
         feedback=feedback,
+        momentum=0.0,
         weight_decay=decay,
     )
     start = {name: p.detach().clone() for name, p in case.model.named_parameters()}

@@ -13,7 +13,7 @@ from torch import nn
 from .accord import Accord, ScalerError
 from .clipping import NO_FACTOR, Witness
 from .compiled import drop_old_code, plain
-from .coupling import Coupling, is_joint
+from .coupling import Coupling, default_momentum, is_joint
 from .curvature import Curvature, Kronecker
 from .dense import Dense
 from .errors import NonFiniteError, StepError
@@ -65,7 +65,8 @@ class DDPNOpt(torch.optim.Optimizer):
         feedback: ``False`` sets ``Q_ux = 0`` in both passes: no layer sees another. With ``coupling="sample"`` this is
             SGD, RMSprop or EKFAC, by the curvature. It is also off
             while a BatchNorm takes its statistics from the batch, which :meth:`report` says.
-        momentum: weight of the last update, as a drift the policy takes into account; default 0.
+        momentum: weight of the last update, as a drift the policy takes into account. Default: 0.5 in the batch
+            form, 0 in the others, which coincide with published optimizers.
         weight_decay: ``gamma`` of the stage cost ``gamma / 2 |u|^2`` per layer; default 0.
         stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
             layers inside one move together. Default: every layer is a stage, and its state, all that lives at its
@@ -111,7 +112,7 @@ class DDPNOpt(torch.optim.Optimizer):
         terminal: Terminal | None = None,
         coupling: Coupling = "batch",
         feedback: bool = True,
-        momentum: float = 0.0,
+        momentum: float | None = None,
         weight_decay: float = 0.0,
         stages: Sequence[str | nn.Module] | None = None,
         on_nonfinite: OnNonfinite = "raise",
@@ -122,6 +123,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self.coupling, self.feedback, self.stages, self.on_nonfinite = coupling, feedback, stages, on_nonfinite
         check_options(self.curvature, self.terminal, coupling, feedback, on_nonfinite)
         check_stages(coupling, stages)
+        momentum = default_momentum(coupling) if momentum is None else momentum
         check_numbers({"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         wrapper: Any = None
         if isinstance(model_or_params, nn.Module):

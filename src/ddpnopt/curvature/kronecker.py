@@ -14,6 +14,9 @@ from .base import Curvature, State, check_beta, check_count, check_damping, chec
 STALE = 1.1
 """Inverses are computed again at once when the ridge has changed by more than this factor since."""
 
+YOUNG = 10
+"""Steps by which intervals grow by one: gradients change fastest at first, and so does their second moment."""
+
 
 @dataclass(frozen=True)
 class Kronecker(Curvature):
@@ -64,13 +67,17 @@ class Kronecker(Curvature):
         assert columns is not None
         past_steps = state.get("step", 0)
         new = {**state, "step": past_steps + 1}
-        every = self.average_every or self.refresh_every
-        if past_steps % every == 0:
-            past = min(self.beta, 1 - 1 / (past_steps // every + 1))
+        if past_steps >= state.get("average_at", 0):
+            averages = state.get("averages", 0) + 1
+            new |= {"averages": averages, "average_at": next_time(past_steps, self.average_every or self.refresh_every)}
+            past = min(self.beta, 1 - 1 / averages)
             for name, moment in zip(("S", "A"), columns.moments(), strict=True):
                 new |= factor.averaged(state, name, moment, past, self.rank)
-        due = past_steps % self.refresh_every == 0 or not _near(ridge, state["ridge"])
-        return self._refreshed(new, ridge) if due else new
+        if past_steps >= state.get("refresh_at", 0):
+            new["refresh_at"] = next_time(past_steps, self.refresh_every)
+        elif _near(ridge, state["ridge"]):
+            return new
+        return self._refreshed(new, ridge)
 
     def _refreshed(self, state: State, ridge: float) -> State:
         new = {**state, "ridge": ridge}
@@ -95,3 +102,8 @@ class Kronecker(Curvature):
 
 def _near(ridge: float, used: float) -> bool:
     return used / STALE <= ridge <= used * STALE
+
+
+def next_time(step: int, every: int) -> int:
+    """After ``step``, when to do again what is done ``every`` steps in the long run, and more often at first."""
+    return step + min(every, 1 + step // YOUNG)

@@ -34,7 +34,7 @@ class OptimizerDefaults:
 
 
 OPTIMIZERS: Mapping[OptimizerName, OptimizerDefaults] = {
-    "ddpnopt": OptimizerDefaults(lr=0.1, momentum=0.0, grid=(0.001, 0.01, 0.1, 1.0, 10.0)),
+    "ddpnopt": OptimizerDefaults(lr=0.1, momentum=0.5, grid=(0.001, 0.01, 0.1, 1.0, 10.0)),
     "sgd": OptimizerDefaults(lr=0.1, momentum=0.9, grid=(0.003, 0.01, 0.03, 0.1, 0.3)),
     "rmsprop": OptimizerDefaults(lr=0.001, momentum=0.0, grid=(0.001, 0.003, 0.01, 0.03, 0.1)),
     "adam": OptimizerDefaults(lr=0.001, momentum=None, grid=(0.001, 0.003, 0.01, 0.03, 0.1)),
@@ -58,7 +58,7 @@ class TrainConfig:
     """Learning rate. None: ddpnopt 0.1, sgd 0.1, rmsprop 0.001, adam 0.001."""
 
     momentum: float | None = None
-    """Momentum, from 0 to below 1. None: 0.9 for sgd, else 0."""
+    """Momentum, from 0 to below 1. None: 0.9 for sgd, 0.5 for ddpnopt but with coupling sample, else 0."""
 
     weight_decay: float = 0.0
     """Weight decay; for ddpnopt the stage cost."""
@@ -115,7 +115,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         dataset=name,
         model=source.model if config.model is None else config.model,
         lr=own.lr if config.lr is None else float(config.lr),
-        momentum=(own.momentum or 0.0) if config.momentum is None else float(config.momentum),
+        momentum=_default_momentum(config, own) if config.momentum is None else float(config.momentum),
         batch_size=source.batch_size if config.batch_size is None else config.batch_size,
         epochs=source.epochs if config.epochs is None else config.epochs,
     )
@@ -144,6 +144,11 @@ def from_dict(values: Mapping[str, Any], where: str) -> TrainConfig:
 
 
 _DDPNOPT_ONLY = ("curvature", "damping", "coupling", "terminal", "columns", "feedback")
+
+
+def _default_momentum(config: TrainConfig, own: OptimizerDefaults) -> float:
+    published = config.optimizer == "ddpnopt" and config.coupling == "sample"
+    return 0.0 if own.momentum is None or published else own.momentum
 
 
 def _check_untouched(config: TrainConfig) -> None:
