@@ -103,7 +103,7 @@ def test_at_small_lr_it_does_not() -> None:
 def test_no_learning_rate_increases_a_convex_loss(lr: float) -> None:
     layer = nn.Linear(5, 3)
     x, target = torch.randn(8, 5), torch.randn(8, 3)
-    optimizer = DDPNOpt(layer, lr=lr, curvature=Kronecker(damping=1e-8), terminal=Exact())
+    optimizer = DDPNOpt(layer, lr=lr, curvature=Kronecker(damping=1e-8), terminal=Exact(), momentum=0.0)
     losses = [float(optimizer.step(lambda: squared_error(layer(x), target)).detach()) for _ in range(6)]
     assert all(after <= before + 1e-12 for before, after in pairwise(losses))
     assert losses[-1] < losses[0]

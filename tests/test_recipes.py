@@ -259,7 +259,7 @@ def test_autocast_is_near_full_precision(dtype: torch.dtype, network: str, form:
     start = trained(plain, 0, network)
     for new, full, old in zip(found, wanted, start, strict=True):
         assert new.dtype == torch.float32
-        assert (new - full).norm() < 0.1 * (full - old).norm()
+        assert (new - full).norm() < 0.15 * (full - old).norm()
 
 
 def scaled(optimizer: DDPNOpt, case: Case, loss: Tensor, scale: float, clip: float | None = None) -> None:
