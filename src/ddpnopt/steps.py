@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bellman import BlockPolicy, BlockTerms, StagePolicy, backward_pass, size
 from .columns import Columns, DenseColumns, SpreadColumns
-from .coupling import Coupling, is_joint, is_local, relinearises
+from .coupling import Coupling, is_joint, is_local, relinearises, rounds
 from .curvature.base import State
 from .dense import Dense, sweep
 from .joined import joined
@@ -97,7 +97,8 @@ def closed_loop(task: Task) -> Outcome:
     if not isinstance(task.coupling, Dense):
         found = [(stages.index(stage), *pair) for stage, pairs in blocks.items() for pair in pairs]
         own = Shared(found, alone, end, whole is not None)
-        shared = share(accord, task.network, own, task.terminal.reduction, local=local)
+        rounded = rounds(task.coupling)
+        shared = share(accord, task.network, own, task.terminal.reduction, local=local, rounded=rounded)
         blocks, alone, end = _by_stage(stages, shared.found), shared.alone, shared.end
         whole = whole if shared.whole else None
         if end is not None:
