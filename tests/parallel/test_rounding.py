@@ -11,6 +11,8 @@ from torch import Tensor, distributed, nn
 
 from ddpnopt import Batch, DDPNOpt, linalg
 from ddpnopt.columns import DenseColumns, SpreadColumns
+from ddpnopt.columns.rounded import packed, unpacked
+from ddpnopt.experiments.paper.networks import cnn
 from ddpnopt.inverse import Inverse, Rotated, Separable
 from ddpnopt.ranks import Ranks
 
@@ -124,6 +126,40 @@ def test_a_float32_step_loses_no_more_than_with_whole_numbers() -> None:
     for rank in ranks():
         assert all(torch.equal(rank["moved"][rounded], ranks()[0]["moved"][rounded]) for rounded in (True, False))
     rounded, whole = (float((ranks()[0]["moved"][form] - exact).norm() / exact.norm()) for form in (True, False))
-    print(rounded, whole)
     assert not torch.equal(*ranks()[0]["moved"].values())
     assert rounded < 1.5 * whole + 1e-6
+
+
+def sent(rank: int, size: int) -> list[int]:
+    """Bytes of the first step, which makes the curvature's factors, and of the second, in the paper's CNN."""
+    torch.set_default_dtype(torch.float32)
+    model = cnn((1, 28, 28), 10)
+    optimizer, found = DDPNOpt(model), []
+    for _ in range(2):
+        before = optimizer.traffic.bytes
+        nn.functional.cross_entropy(model(torch.randn(32, 1, 28, 28)), torch.randint(10, (32,))).backward()
+        optimizer.step()
+        found.append(optimizer.traffic.bytes - before)
+    return found
+
+
+def test_at_32_samples_on_each_of_four_ranks_the_papers_cnn_sends_at_most_twice_what_sgd_does() -> None:
+    size = 4  # on two it is less
+    weights = sum(p.numel() for p in cnn((1, 28, 28), 10).parameters())
+    gradients_averaged = 2 * (size - 1) / size * 4 * weights
+    for first, second in launch(size, sent):
+        assert first + 9 * second < 2 * 10 * gradients_averaged
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    rows = torch.zeros(3, 100, dtype=torch.float32)
+    rows[0, 70], rows[1, 0] = float("inf"), float("nan")
+    finite = unpacked(packed(rows)).isfinite().all(1)
+    assert finite.tolist() == [False, False, True]
+
+
+def test_rounding_is_an_option() -> None:
+    assert repr(Batch(rounded=False)) == "Batch(rounded=False)"
+    assert repr(Batch()) == "Batch()"
+    with pytest.raises(TypeError, match="rounded must be True or False"):
+        Batch(rounded=16)  # type: ignore[arg-type]

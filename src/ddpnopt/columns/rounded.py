@@ -4,7 +4,7 @@ A block of 64 numbers has one scale, its largest size over 131,071, and of each 
 sixteen bits of it as an integer, two more with those of three others in a byte. That is 148 bytes instead of 256. An
 error is at most half a multiple, 4e-6 of the block's largest number, whatever its size. Errors are independent, so in
 an inner product of rows of ``P`` numbers of like size they come to about ``1e-5 / sqrt(P)`` of the rows' lengths. Half
-precision would send 128 bytes, with eleven bits of each number: some thirty times the error.
+precision, at 128 bytes, would keep eleven bits of a number.
 """
 
 import torch
