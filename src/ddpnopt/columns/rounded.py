@@ -36,15 +36,19 @@ def packed(rows: Tensor) -> Tensor:
     blocks = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     scale = (blocks.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(torch.finfo(rows.dtype).tiny)
     multiples = (blocks / scale).round_().int()
-    low = (multiples & 3).unflatten(-1, (-1, 4)) << 2 * torch.arange(4, device=rows.device)
-    parts = [scale.view(torch.uint8), (multiples >> 2).short().view(torch.uint8), low.sum(-1).to(torch.uint8)]
+    low = (multiples & 3).to(torch.uint8).unflatten(-1, (-1, 4)) << _shifts(rows.device)
+    parts = [scale.view(torch.uint8), (multiples >> 2).short().view(torch.uint8), low.sum(-1, dtype=torch.uint8)]
     return torch.cat(parts, -1)
 
 
 def unpacked(data: Tensor) -> Tensor:
     """Rows ``[..., n * BLOCK]`` of float32 from bytes ``[..., n, BYTES]``; what :func:`packed` added are zeros."""
     scale, high, low = data.split([4, 2 * BLOCK, BLOCK // 4], -1)
-    two = low[..., None] >> 2 * torch.arange(4, dtype=torch.uint8, device=data.device) & 3
+    two = low[..., None] >> _shifts(data.device) & 3
     multiples = (high.clone().view(torch.int16).int() << 2) + two.flatten(-2)
     rows: Tensor = multiples * scale.clone().view(torch.float32)
     return rows.flatten(-2)
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(0, 8, 2, dtype=torch.uint8, device=device)
