@@ -10,6 +10,13 @@ from collections.abc import Sequence
 from types import TracebackType
 
 _NETWORK = "10.213.77"
+_WINDOWS = {
+    "tcp_slow_start_after_idle": "0",
+    "tcp_rmem": "4096 8388608 33554432",
+    "tcp_wmem": "4096 8388608 33554432",
+    "tcp_congestion_control": "reno",
+}
+"""As on computers that are set up for training: a connection that was idle does not begin slowly again."""
 DEVICE = "cable"
 """Name of a machine's end of its cable."""
 
@@ -50,6 +57,10 @@ class Machines:
             for name in (*self._names, self._switch):  # the cables go with them
                 subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
+    def name(self, machine: int) -> str:
+        """Of its namespace."""
+        return self._names[machine]
+
     def address(self, machine: int) -> str:
         """Where a machine can be reached by the others."""
         return f"{_NETWORK}.{machine + 1}" if self.apart else "127.0.0.1"
@@ -80,6 +91,8 @@ class Machines:
             run("ip", "-n", self._switch, "link", "set", f"port{i}", "up")
             run("ip", "-n", name, "address", "add", f"{self.address(i)}/24", "dev", DEVICE)
             run("ip", "-n", name, "link", "set", DEVICE, "up")
+            for setting, value in _WINDOWS.items():
+                run("ip", "netns", "exec", name, "sh", "-c", f"echo {value} > /proc/sys/net/ipv4/{setting}")
 
 
 def run(*words: str) -> str:
