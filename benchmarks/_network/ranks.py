@@ -43,7 +43,7 @@ def _mm(result: Any, left: Sequence[int], right: Sequence[int], *_: Any, **__: A
 
 
 def _conv_backward(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *more: Any, **_: Any) -> int:
-    wanted = more[7][:2]  # torch's own formula leaves groups out
+    wanted: list[bool] = more[7][:2]  # torch's own formula leaves groups out
     return sum(wanted) * 2 * _product(grad) * _product(weight[1:])
 
 
@@ -82,7 +82,7 @@ class Rank:
         self.rank, self.size, self.folder, self.job = rank, size, folder, job
 
     def condition(self, delay: float, rate: float) -> None:
-        """Have all packets held back for ``delay`` seconds and sent at ``rate`` bits a second (0: as fast as may be)."""
+        """Have packets held back for ``delay`` seconds and sent at ``rate`` bits a second (0: as fast as may be)."""
         if self.size == 1 or not self.job["apart"]:
             return
         distributed.barrier()
@@ -167,7 +167,8 @@ def main(folder: Path, rank: int, size: int) -> None:
         for method in METHODS:
             for batch in job["batches"]:
                 found["counts"].append([network, method, batch, own.counts(network, method, batch)])
-            found["times"].append([network, method, own.times(network, method, job["batch"])])
+            for batch in job["timed"]:
+                found["times"].append([network, method, batch, own.times(network, method, batch)])
             print(f"{size} ranks: {network}, {method}", file=sys.stderr, flush=True)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     distributed.barrier()

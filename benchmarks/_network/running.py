@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from _machines import DEVICE, Machines
+
 from _network.wires import Wires
 
 _RANKS = Path(__file__).with_name("ranks.py")
 
 
 def measured(
-    size: int, batches: Sequence[int], batch: int, conditions: Sequence[tuple[float, float]], turns: int
+    size: int, batches: Sequence[int], timed: Sequence[int], conditions: Sequence[tuple[float, float]], turns: int
 ) -> tuple[list[dict[str, Any]], str]:
     """What every rank found, by rank; and what was in the way of machines of their own, if anything.
 
     Args:
         size: number of ranks.
         batches: samples per rank for which operations, bytes and messages are counted.
-        batch: for which steps are timed.
+        timed: those for which steps are timed.
         conditions: of the network, each a delay in seconds and a rate in bits a second (0: no limit).
         turns: of timing.
     """
@@ -36,7 +37,7 @@ def measured(
             stack.enter_context(Wires(machines, folder / "delay"))
         job = {
             "batches": batches,
-            "batch": batch,
+            "timed": timed,
             "turns": turns,
             "apart": machines.apart,
             "conditions": conditions if machines.apart else [(0.0, 0.0)],
