@@ -283,10 +283,10 @@ def _binding(models: dict[tuple[str, str], Step], network: str) -> str:
             rollout = [_ms(stages * one.hops(most) * one.latency) for one in (wire, tree)]
             rows.append([label, wire.name, *cells, " / ".join(rollout)])
     heads = ["processor", "wires", "messages, ring", "algebra, ring", "messages, tree", "algebra, tree"]
-    return f"""The numbers of ranks from which most of an exact step goes into its messages, or into the algebra of all samples, up
-to {max(MANY):,}: by a ring, whose hops are `p - 1`, and by a tree, whose hops are `log2 p`. In the last column the second
-forward pass alone at {max(MANY):,} ranks: a message to all for each of {stages} stages, one after the other, by
-ring / tree.
+    return f"""The numbers of ranks from which most of an exact step goes into its messages, or into the algebra of all
+samples, up to {max(MANY):,}: by a ring, whose hops are `p - 1`, and by a tree, whose hops are `log2 p`. In the last
+column the second forward pass alone at {max(MANY):,} ranks: a message to all for each of {stages} stages, one after the
+other, by ring / tree.
 
 {table([*heads, "rollout's messages, ms"], rows)}"""
 
