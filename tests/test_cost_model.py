@@ -1,5 +1,9 @@
 """The model of benchmarks/network.py, and what benchmarks/two_machines.py finds wrong."""
 
+import shutil
+from pathlib import Path
+
+import network
 import pytest
 from _network.model import ALL, OWN, Fitted, Processor, Step, Wire, fitted, processor
 from two_machines import Killing, Note, story
@@ -55,3 +59,11 @@ def test_a_run_that_is_done_twice_or_lost_is_noticed(more: list[Note], right: bo
     rows, found = story(Killing("one", "two", "a", 2.5, 2.4), [*CALM, *more])
     assert found == right
     assert ["and after the kill", "60.6 s"] in rows
+
+
+def test_the_page_is_what_its_record_says(tmp_path: Path) -> None:
+    folder = Path(network.__file__).parents[1] / "docs" / "results"
+    (tmp_path / "records").mkdir()
+    shutil.copy(folder / "records" / "network.json", tmp_path / "records")
+    assert network.main(["--read", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "network.md").read_text() == (folder / "network.md").read_text()

@@ -81,7 +81,8 @@ class Team:
         with self.together():
             made = [make() if self.leads else None]
         self.agree()
-        distributed.broadcast_object_list(made, src=0)
+        with _lost(self):
+            distributed.broadcast_object_list(made, src=0)
         return made[0]  # type: ignore[return-value]  # None only if that was made
 
     def average_gradients(self, model: nn.Module, share: float) -> None:
