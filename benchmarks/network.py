@@ -71,6 +71,7 @@ def _summary(times: Sequence[dict[str, list[list[float]]]]) -> dict[str, Any]:
     return {
         "processor": max(median(turn[0] for turn in one["processor"]) for one in times),
         "wall": [median(column) for column in zip(*wall, strict=True)],
+        "turns": wall,
         "added": [median(column) for column in zip(*([w - turn[0] for w in turn] for turn in wall), strict=True)],
     }
 

@@ -12,7 +12,7 @@ from ddpnopt.experiments.environment import version
 
 DELAY, RATE = 0.005, 200e6
 CONDITIONS = ((0.0, 0.0), (DELAY, 0.0), (0.0, RATE), (DELAY, RATE))
-SAMPLES = (8, 32, 64)
+SAMPLES = (32, 64, 128)
 """Per rank, for which steps are counted."""
 TIMED = (8, 32, 64, 128)
 """On one rank, to fit how fast it computes."""
