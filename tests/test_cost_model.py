@@ -5,7 +5,7 @@ from pathlib import Path
 
 import network
 import pytest
-from _network.model import ALL, OWN, Fitted, Processor, Step, Wire, fitted, processor
+from _network.model import ALL, OWN, Fitted, Processor, Step, Wire, fitted, processor, sending
 from two_machines import Killing, Note, story
 
 POINTS = [(p, b) for p in (1, 2, 4) for b in (8, 32, 64)]
@@ -23,6 +23,11 @@ def test_counts_that_are_sums_of_the_terms_are_found_and_carried_on() -> None:
 def test_a_processor_is_found_from_its_times() -> None:
     found = processor([(flops, 0.01 + flops / 2e9) for flops in (1e6, 1e8, 1e9)])
     assert [found.overhead, found.rate] == pytest.approx([0.01, 2e9])
+
+
+def test_what_sending_costs_the_processor_is_found_from_exchanges_and_bytes() -> None:
+    found = sending([(n, sent, 1e-3 * n + 2e-9 * sent) for n, sent in ((2, 1e6), (8, 1e7), (34, 2e6))])
+    assert found == pytest.approx((1e-3, 2e-9))
 
 
 def test_a_step_is_bound_by_messages_on_a_slow_ring_and_by_less_on_a_tree() -> None:

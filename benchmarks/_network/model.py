@@ -80,11 +80,22 @@ class Processor:
         overhead: seconds of a step without any samples.
         rate: operations a second.
         worst: largest relative distance from the times it was fitted to.
+        exchange, byte: seconds of computing that an exchange takes, and a byte that is sent.
     """
 
     overhead: float
     rate: float
     worst: float = 0.0
+    exchange: float = 0.0
+    byte: float = 0.0
+
+
+def sending(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Seconds of an exchange and of a byte, from exchanges, bytes and processor seconds, least squares."""
+    rows = np.array([[exchanges, sent] for exchanges, sent, _ in points])
+    scale = np.linalg.norm(rows, axis=0)
+    exchange, byte = nnls(rows / scale, np.array([seconds for *_, seconds in points]))[0] / scale
+    return float(exchange), float(byte)
 
 
 def processor(points: Sequence[tuple[float, float]]) -> Processor:
@@ -154,17 +165,24 @@ class Step:
     messages: Fitted
     processor: Processor
 
+    def exchanges(self, b: int) -> float:
+        """How often all tell all, a sum counted twice."""
+        return self.messages(2, b)
+
     def computing(self, p: int, b: int) -> float:
         """Processor seconds of a rank."""
-        return self.processor.overhead + self.flops(p, b) / self.processor.rate
+        used = self.processor
+        return used.overhead + self.flops(p, b) / used.rate + self._sending(used, p, b)
+
+    def _sending(self, used: Processor, p: int, b: int) -> float:
+        return (used.exchange * self.exchanges(b) if p > 1 else 0.0) + used.byte * self.sent(p, b)
 
     def spent(self, p: int, b: int, wire: Wire, processor: Processor | None = None) -> Spent:
         """On other wires, and on another processor if one is given."""
         used = processor or self.processor
-        rounds = self.messages(2, b)  # with two ranks every exchange is one message, a sum two
         return Spent(
-            used.overhead + self.flops.part(list(OWN), p, b) / used.rate,
+            used.overhead + self.flops.part(list(OWN), p, b) / used.rate + self._sending(used, p, b),
             self.flops.part(list(ALL), p, b) / used.rate,
-            rounds * wire.hops(p) * wire.latency,
+            self.exchanges(b) * wire.hops(p) * wire.latency,
             self.sent(p, b) / wire.bandwidth,
         )
