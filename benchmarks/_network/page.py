@@ -161,8 +161,8 @@ def page(found: Recorded, paper: Sequence[int], turns: int, made: str) -> str:
         within = sum(abs(error) <= 0.25 for error in errors)
         noise = median(max(turn[0] for turn in one["turns"]) - min(turn[0] for turn in one["turns"]) for one in loops)
         checked = f"""The model's messages cross the wire {CROSSINGS} times, as gloo sends them: its receiver first
-says that it is ready. That is no fit. A number that all ranks tell all others took {_told(message, 0)} a hop on these wires
-and {_told(message, 1)} when every packet was held back for {1e3 * DELAY:g} ms: {seen} times the
+says that it is ready. That is no fit. A number that all ranks tell all others took {_told(message, 0)} a hop
+on these wires and {_told(message, 1)} when every packet was held back for {1e3 * DELAY:g} ms: {seen} times the
 delay more, measured once, while the machine had other work. With as many, the predictions for delays would grow alike.
 
 {table(["network", "ranks", "method", "nothing added, ms", *(f"{label}: {both}" for label in LABELS[1:])], rows)}
