@@ -27,6 +27,7 @@ from .options import (
     check_numbers,
     check_options,
     check_several,
+    check_sharded,
     check_stages,
     named,
 )
@@ -34,7 +35,7 @@ from .persistence import loading, saving, with_numbers
 from .ranks import Ranks, Traffic, find_ranks
 from .report import Report, describe
 from .scaling import found_scale, told_scale
-from .sharded import Shards, cut_up, gathered
+from .sharded import Shards, gathered
 from .steps import closed_loop, open_loop, settle
 from .task import Outcome, Task
 from .terminal import Gradient, Terminal
@@ -132,8 +133,9 @@ class DDPNOpt(torch.optim.Optimizer):
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
         self._group = wrapper.process_group if process_group is None and wrapper is not None else process_group
         self._shards = Shards(self.model)
-        if self._shards and process_group is None:
-            self._group = self._shards.mesh.get_group()
+        self._group = self._shards.group(self._group)
+        if self._shards:
+            check_sharded(base=self._is_base, columns=self.curvature.needs_columns)
         if isinstance(coupling, Dense):
             check_chain(model_or_params)
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
@@ -258,7 +260,7 @@ class DDPNOpt(torch.optim.Optimizer):
                     check_several(accord.ranks.size, self.coupling)
                 if bool(getattr(self, "found_inf", False)):  # a GradScaler's word
                     raise ScalerError("the GradScaler has found a gradient that is not finite")
-                scale = told_scale(self, closure)
+                scale = told_scale(self, closure, sharded=bool(self._shards))
                 found = self._evaluate(closure)
                 loss = found.loss
                 outcome = self._solve(found, scale, accord)
@@ -325,8 +327,8 @@ class DDPNOpt(torch.optim.Optimizer):
         """Keep what a step leaves; its weights have moved already."""
         sizes = {block.parameters[0]: len(block.parameters) for block in self._network.blocks()}
         for parameter, state in outcome.states.items():
-            whole = {**state, "parameters": sizes[parameter]}
-            self.state[parameter] = cut_up(whole, self._shards.mesh) if self._shards else whole
+            own = {**state, "parameters": sizes[parameter]}
+            self.state[parameter] = self._shards.cut(own)
         self._steps += 1
         self._failures += outcome.failures
         self._last = outcome
@@ -386,7 +388,8 @@ class DDPNOpt(torch.optim.Optimizer):
         state_dict = with_numbers(state_dict)
         names = {parameter: name for name, parameter in self._names.items()}
         blocks = {names[block.parameters[0]]: block for block in self._network.blocks()}
-        with loading(self, type(self.curvature).__name__, blocks) as loaded:
+        mesh = self._shards.mesh if self._shards else None
+        with loading(self, type(self.curvature).__name__, blocks, mesh) as loaded:
             super().load_state_dict(state_dict)
         self._steps, self._skipped = loaded.get("steps", 0), loaded.get("skipped_steps", 0)
         self._refused = dict(loaded.get("refused", {}))

@@ -84,6 +84,15 @@ def check_several(ranks: int, coupling: Coupling) -> None:
         )
 
 
+def check_sharded(*, base: bool, columns: bool) -> None:
+    """Raise ``ValueError`` where a sharded model's step would read nothing but ``.grad``."""
+    if base and not columns:
+        raise ValueError(
+            "coupling='sample' with feedback=False and this curvature is torch.optim.SGD or torch.optim.RMSprop: on a "
+            "sharded model (fully_shard) use these"
+        )
+
+
 def check_options(
     curvature: object, terminal: object, coupling: object, feedback: object, on_nonfinite: object
 ) -> None:

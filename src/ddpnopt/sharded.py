@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .columns.parcel import as_bytes
 from .ranks import Ranks
@@ -68,6 +68,22 @@ class Shards:
         """The ranks between which parameters are cut."""
         return next(self._parameters()).sharded_param.device_mesh
 
+    def group(self, given: Any) -> Any:
+        """The process group of these ranks; that which is ``given``, where it is one and parameters are not cut.
+
+        Raises:
+            ValueError: if ``given`` is of other ranks.
+        """
+        if not self:
+            return given
+        own, ranks = self.mesh.get_group(), distributed.get_process_group_ranks
+        if given is not None and set(ranks(given)) != set(ranks(own)):
+            raise ValueError(
+                f"process_group is of ranks {ranks(given)}, and the parameters are sharded over ranks "
+                f"{ranks(own)}, which share the batch: leave process_group out"
+            )
+        return own
+
     def reshard(self) -> None:
         """Let modules have their pieces for parameters."""
         for module in self.modules:
@@ -115,6 +131,10 @@ class Shards:
                 piece: Any = parameter.sharded_param
                 piece.to_local().copy_(_cut(self.held[piece].detach(), piece.device_mesh, piece.placements[0].dim))
 
+    def cut(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A parameter's state with pieces of its tensors; whole, where parameters are whole."""
+        return {name: piece_of(value, self.mesh) for name, value in state.items()} if self else dict(state)
+
     def listen(self) -> list[Any]:
         """Hear of gradients at whole parameters that were not there before; returns handles."""
         handles, known = [], weakref.ref(self)
@@ -161,18 +181,15 @@ def gathered(state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {**state, **whole}
 
 
-def cut_up(state: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
-    """A parameter's state with this rank's rows of each tensor, as ``fully_shard`` cuts a parameter."""
+def piece_of(value: Any, mesh: Any) -> Any:
+    """This rank's rows of a state's tensor, as ``fully_shard`` cuts a parameter; anything else as it is."""
+    if not isinstance(value, Tensor) or is_piece(value) or not value.ndim:
+        return value
     from torch.distributed.tensor import DTensor, Shard
 
-    def piece(value: Any) -> Any:
-        if not isinstance(value, Tensor) or is_piece(value) or not value.ndim:
-            return value
-        value = value.contiguous()
-        own = _cut(value, mesh, 0).clone()
-        return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride())
-
-    return {name: piece(value) for name, value in state.items()}
+    value = value.contiguous()
+    own = _cut(value, mesh, 0).clone()
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride())
 
 
 def _cut(tensor: Tensor, mesh: Any, dim: int) -> Tensor:

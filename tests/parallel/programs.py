@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ddpnopt import Adaptive, Batch, DDPNOpt, EigenKronecker, Exact, Gradient, Identity, Kronecker, Matched, Sampled
 from ddpnopt.terminal import Terminal
@@ -79,6 +81,33 @@ def pictures() -> nn.Module:
     )  # fmt: skip
 
 
+class Mixed(nn.Module):
+    """Blocks with skips inside and around them, one of which uses its input first other than through a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.norm = nn.Linear(6, 5), Own(), nn.LayerNorm(5)
+        self.conv, self.last = nn.Conv1d(1, 2, 3, padding=1), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h + torch.tanh(self.block(h))
+        out: Tensor = self.last(torch.relu(self.conv(self.norm(h)[:, None])).flatten(1))
+        return out
+
+
+class Own(nn.Module):
+    """A layer and parameters of its own, which no fast rule reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = nn.Linear(5, 5), nn.Parameter(torch.linspace(0.5, 1.5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.inner(torch.tanh(x)) * self.scale
+        return out
+
+
 def _numbers(model: nn.Module, batch: int) -> Tensor:
     return torch.randint(7, (batch, 5)) if isinstance(model, Words) else torch.randn(batch, 6)
 
@@ -97,8 +126,12 @@ class Program:
         parts: micro-batches per step.
         form: of the step: after backward, or a closure.
         empty: whether a rank goes without samples once.
+        short: samples of the last batch that is a short one.
         twins: every rank has all samples.
         apart: how far weights may be from those of one process.
+        shard: the model's children (``"children"``), the first of them (``"first"``) or none (``"root"``) are sharded
+            each by itself, the rest with the model.
+        reshard: whether weights are cut again between the forward and the backward pass; ``None`` is torch's choice.
     """
 
     model: Callable[[], nn.Module] = mlp
@@ -110,10 +143,14 @@ class Program:
     parts: int = 1
     form: str = "backward"
     empty: bool = True
+    short: int = 6
     twins: bool = False
     apart: float = 1e-10
+    shard: str = ""
+    reshard: bool | None = None
 
 
+DECAYED = {"momentum": 0.5, "weight_decay": 0.01}
 KRONECKER = Kronecker(refresh_every=2, average_every=1)
 PROGRAMS: dict[str, Program] = {
     "identity": Program(settings={"curvature": Identity()}, steps=20),
@@ -176,6 +213,26 @@ PROGRAMS: dict[str, Program] = {
     "a wrapper": Program(conv, wrap="given"),
     "a wrapper, no_sync": Program(Residual, wrap="given", parts=3, empty=False),
     "a wrapper, closure": Program(Residual, wrap="given", form="closure"),
+    "sharded, identity": Program(Mixed, DECAYED | {"curvature": Identity()}, steps=20, shard="children"),
+    "sharded, adaptive": Program(Mixed, DECAYED | {"curvature": Adaptive()}, steps=20, shard="first", reshard=False),
+    "sharded, kronecker": Program(Mixed, {"curvature": KRONECKER}, steps=20, shard="children", reshard=False),
+    "sharded, eigen": Program(
+        settings={"curvature": EigenKronecker(refresh_every=2)}, steps=20, shard="first", reshard=True
+    ),
+    "sharded, low rank": Program(
+        wide, {"curvature": Kronecker(refresh_every=2, rank=1)}, criterion=nn.MSELoss(), shard="root"
+    ),
+    "sharded, sample": Program(Mixed, {"coupling": "sample", "lr": 0.01}, steps=20, shard="children"),
+    "sharded, no feedback": Program(Mixed, {"feedback": False, "momentum": 0.5}, steps=20, shard="children"),
+    "sharded, k-fac": Program(conv, {"coupling": "sample", "feedback": False, "lr": 1e-3}, shard="children"),
+    "sharded, stages": Program(Residual, {"stages": ["first", "inner", "last"]}, shard="children"),
+    "sharded, unread": Program(Unread, {"momentum": 0.5}, shard="root"),
+    "sharded, words": Program(Words, {"curvature": KRONECKER}, shard="root", reshard=True),
+    "sharded, exact": Program(Mixed, terminal=lambda c: Exact(c), shard="children", reshard=True),
+    "sharded, micro-batches": Program(Residual, parts=2, empty=False, short=9, shard="children"),
+    "sharded, closure": Program(Mixed, form="closure with backward", shard="children"),
+    "sharded, pictures": Program(pictures, {"curvature": KRONECKER}, shard="children"),
+    "sharded, local": Program(Residual, {"coupling": Batch(local=True), "momentum": 0.5}, twins=True, shard="children"),
 }  # fmt: skip
 
 
@@ -185,7 +242,7 @@ def batches(program: Program) -> list[tuple[Tensor, Tensor]]:
     model = program.model()
     made = []
     for step in range(program.steps):
-        n = 6 if step == SHORT else BATCH
+        n = program.short if step == SHORT else BATCH
         x = _numbers(model, n)
         with torch.no_grad():
             output = model(x)
@@ -209,6 +266,8 @@ def train(program: Program, rank: int = 0, size: int = 1) -> dict[str, Any]:
     wrapper: Any = model
     if program.wrap and size > 1:
         wrapper = nn.parallel.DistributedDataParallel(model)
+    if program.shard and size > 1:
+        shard(model, size, program.shard, program.reshard)
     settings = dict(program.settings)
     if program.terminal is not None:
         settings["terminal"] = program.terminal(criterion)
@@ -218,10 +277,26 @@ def train(program: Program, rank: int = 0, size: int = 1) -> dict[str, Any]:
         own = cut(len(x), rank, size, empty=program.empty and step == EMPTY) if not program.twins else slice(None)
         advance(program, optimizer, wrapper, x[own], y[own])
     return {
-        "weights": [p.detach().clone() for p in model.parameters()],
+        "weights": whole(model),
         "figures": optimizer.diagnostics(),
-        "state": optimizer.state_dict(),
     }
+
+
+def shard(model: nn.Module, size: int, which: str, reshard: bool | None = None, **settings: Any) -> None:
+    """Apply ``fully_shard`` to ``which`` of the model's children, and to the model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mesh = init_device_mesh("cpu", (size,))
+    children = [child for child in model.children() if list(child.parameters())]
+    for child in {"root": [], "first": children[:1], "children": children}[which]:
+        fully_shard(child, mesh=mesh, reshard_after_forward=reshard, **settings)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard, **settings)
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    """The model's weights, put together where they are in pieces."""
+    values: list[Any] = [p.detach() for p in model.parameters()]
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for p in values]
 
 
 def advance(program: Program, optimizer: DDPNOpt, model: Any, x: Tensor, y: Tensor) -> None:
