@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from programs import shard, whole
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from ddpnopt import Batch, DDPNOpt, Dense, Matched
+from ddpnopt import Batch, DDPNOpt, Dense, Identity, Matched
 
 AT = 1
 """The rank on which it goes wrong."""
@@ -57,9 +61,13 @@ def _batch(rank: int, size: int, step: int) -> tuple[Tensor, Tensor]:
 class Loop:
     """Steps, and what came of each."""
 
-    def __init__(self, rank: int, size: int, model: nn.Sequential | None = None, **settings: Any) -> None:
+    def __init__(
+        self, rank: int, size: int, model: nn.Sequential | None = None, *, sharded: bool = False, **settings: Any
+    ) -> None:
         self.rank, self.size, self.criterion = rank, size, nn.CrossEntropyLoss()
         self.model = model or _model()
+        if sharded:
+            shard(self.model, size, "children")
         self.optimizer = DDPNOpt(self.model, **settings)
         self.told: list[str] = []
         self.step_number = 0
@@ -67,7 +75,7 @@ class Loop:
     def step(self, change: Callable[[Tensor], Tensor] = lambda x: x, *, backward: bool = True) -> None:
         x, y = _batch(self.rank, self.size, self.step_number)
         self.step_number += 1
-        before = self.weights(), copy.deepcopy(self.optimizer.state_dict()["state"])
+        before = self.pieces(), copy.deepcopy(self.optimizer.state_dict()["state"])
         try:
             self.optimizer.zero_grad()
             if backward:
@@ -76,15 +84,16 @@ class Loop:
             self.told.append("")
         except Exception as error:
             self.told.append(f"{type(error).__name__}: {error}")
-            assert all(map(torch.equal, before[0], self.weights()))
+            assert all(map(torch.equal, before[0], self.pieces()))
             after = self.optimizer.state_dict()["state"]
             assert str(before[1]) == str(after)
 
-    def weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.model.parameters()]
+    def pieces(self) -> list[Tensor]:
+        held: list[Any] = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        return [p.to_local().clone() if hasattr(p, "to_local") else p.clone() for p in held]
 
     def result(self) -> dict[str, Any]:
-        return {"told": self.told, "weights": self.weights(), "figures": self.optimizer.diagnostics()}
+        return {"told": self.told, "weights": whole(self.model), "figures": self.optimizer.diagnostics()}
 
 
 def spoiled(rank: int, size: int, **settings: Any) -> dict[str, Any]:
@@ -99,8 +108,20 @@ def skipping(rank: int, size: int) -> dict[str, Any]:
     return spoiled(rank, size, on_nonfinite="skip")
 
 
-def breaking(rank: int, size: int, *, last: bool = False, which: int = 2) -> dict[str, Any]:
-    loop = Loop(rank, size, _model(last=last))
+def sharded_spoiled(rank: int, size: int) -> dict[str, Any]:
+    return spoiled(rank, size, sharded=True)
+
+
+def sharded_skipping(rank: int, size: int) -> dict[str, Any]:
+    return spoiled(rank, size, sharded=True, on_nonfinite="skip", momentum=0.5)
+
+
+def sharded_breaking(rank: int, size: int) -> dict[str, Any]:
+    return breaking(rank, size, sharded=True)
+
+
+def breaking(rank: int, size: int, *, last: bool = False, which: int = 2, sharded: bool = False) -> dict[str, Any]:
+    loop = Loop(rank, size, _model(last=last), sharded=sharded)
     loop.step()
     if rank == AT:
         _trap(loop.model).left = which  # 1: the forward pass, 2: the second one, inside step()
@@ -177,19 +198,51 @@ def refused(rank: int, size: int) -> dict[str, Any]:
     return {"told": told}
 
 
-def sharded(rank: int, size: int) -> dict[str, Any]:
-    from torch.distributed.fsdp import fully_shard
-
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+def refused_shards(rank: int, size: int) -> dict[str, Any]:
+    """What is said to ways of sharding, and of training sharded models, that do not go."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mesh = init_device_mesh("cpu", (size,))
-        fully_shard(model, mesh=mesh)
-    try:
-        DDPNOpt(model)
-    except Exception as error:
-        return {"told": [f"{type(error).__name__}: {error}"]}
-    return {"told": [""]}
+
+    def model(**settings: Any) -> nn.Sequential:
+        made = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        shard(made, size, "root", **settings)
+        return made
+
+    def planned() -> nn.Module:
+        return parallelize_module(nn.Sequential(nn.Linear(4, 6)), mesh, {"0": ColwiseParallel()})
+
+    def closure(optimizer: DDPNOpt) -> None:
+        assert optimizer.model is not None
+        module, x = optimizer.model, torch.ones(2, 4)
+        optimizer.step(lambda: module(x).square().mean())
+
+    def unscaled(optimizer: DDPNOpt) -> None:
+        optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+        optimizer.step()
+
+    tries: dict[str, Callable[[], Any]] = {
+        "plan": lambda: DDPNOpt(planned()),
+        "bare": lambda: DDPNOpt(model().parameters()),
+        "precision": lambda: DDPNOpt(model(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))),
+        "offload": lambda: DDPNOpt(model(offload_policy=CPUOffloadPolicy(pin_memory=False))),
+        "group": lambda: DDPNOpt(model(), process_group=_of_one(rank, size)),
+        "base": lambda: DDPNOpt(model(), curvature=Identity(), coupling="sample", feedback=False),
+        "closure": lambda: closure(DDPNOpt(model())),
+        "unscaled": lambda: unscaled(DDPNOpt(model())),
+    }
+    told = {}
+    for name, attempt in tries.items():
+        try:
+            attempt()
+            told[name] = ""
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    return {"told": told}
+
+
+def _of_one(rank: int, size: int) -> Any:
+    return [distributed.new_group([other]) for other in range(size)][rank]
 
 
 def gradients_in_a_wrapper(rank: int, size: int) -> dict[str, Any]:
@@ -225,7 +278,7 @@ INCIDENTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     f.__name__: f
     for f in (
         spoiled, skipping, breaking, breaking_last, without_backward, nobody, scaler_found_inf, two_ways, refused,
-        sharded, gradients_in_a_wrapper, traffic,
+        sharded_spoiled, sharded_skipping, sharded_breaking, refused_shards, gradients_in_a_wrapper, traffic,
     )
 }  # fmt: skip
 
@@ -234,22 +287,28 @@ def all_incidents(rank: int, size: int) -> dict[str, dict[str, Any]]:
     return {name: incident(rank, size) for name, incident in INCIDENTS.items()}
 
 
-def long_run(rank: int, size: int, folder: str, first: int, last: int, killed: int) -> dict[str, Any]:
+def long_run(
+    rank: int, size: int, folder: str, first: int, last: int, killed: int, *, sharded: bool = False
+) -> dict[str, Any]:
     """Steps ``first`` to ``last`` with a checkpoint after each; a rank dies inside step ``killed`` (-1: none does).
 
     Args:
         rank, size: of this process.
         folder: of the checkpoints, where the last one is loaded from if ``first`` is not 0.
-        first, last, killed: steps.
+        first, last, killed: steps; -2: none is killed, and there are no checkpoints.
+        sharded: whether the model is.
     """
     model = _model(lambda: os._exit(9))
-    loop = Loop(rank, size, model, terminal=Matched(nn.CrossEntropyLoss()), momentum=0.5)
+    loop = Loop(rank, size, model, sharded=sharded, terminal=Matched(nn.CrossEntropyLoss()), momentum=0.5)
     loop.criterion = loop.optimizer.terminal.criterion  # type: ignore[assignment]
     if first:
         saved = Path(folder) / f"{size} of {rank}"
         dcp_to_torch_save(Path(folder) / f"step {first - 1}", saved)
         state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
+        if sharded:
+            load({"model": model.state_dict()}, checkpoint_id=str(Path(folder) / f"step {first - 1}"))
+        else:
+            model.load_state_dict(state["model"])
         loop.optimizer.load_state_dict(state["optimizer"])
     for loop.step_number in range(first, last):
         step = loop.step_number
