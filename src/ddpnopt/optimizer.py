@@ -132,7 +132,7 @@ class DDPNOpt(torch.optim.Optimizer):
             model_or_params = plain(inner)
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
         self._group = wrapper.process_group if process_group is None and wrapper is not None else process_group
-        self._shards = Shards(self.model)
+        self._shards = Shards(self.model, every=self._is_base)
         self._group = self._shards.group(self._group)
         if self._shards:
             check_sharded(base=self._is_base, columns=self.curvature.needs_columns)
@@ -403,5 +403,5 @@ class DDPNOpt(torch.optim.Optimizer):
         super().__setstate__(state)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
-            self._group, self.traffic, self._shards = None, Traffic(), Shards(self.model)
+            self._group, self.traffic, self._shards = None, Traffic(), Shards(self.model, every=self._is_base)
             self._connect()

@@ -35,21 +35,26 @@ class Shards:
 
     Args:
         model: the model; ``None``, or one that is not sharded, has none of them.
+        every: whether a step needs the gradients of all of them.
 
     Attributes:
         modules: to which ``fully_shard`` was applied.
         held: whole parameters by their pieces, while a step holds them; empty otherwise.
-        gradients: of the pieces' parameters, whole and of this rank's samples alone, since they were forgotten.
+        gradients: of the pieces' parameters, whole and of this rank's samples alone, since they were forgotten;
+            without numbers (on the device ``meta``) for those in ``unneeded``, which takes no memory.
+        unneeded: parameters of whose gradients the next step needs to know no more than that there is one.
 
     Raises:
         ValueError: naming the parameter, for a way of sharding in which a step would not be right.
     """
 
-    def __init__(self, model: nn.Module | None):
+    def __init__(self, model: nn.Module | None, *, every: bool = False):
+        self.every = every
         kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
         self.modules: list[Any] = [m for m in model.modules() if isinstance(m, kind)] if model is not None else []
         self.held: dict[nn.Parameter, Tensor] = {}
         self.gradients: dict[nn.Parameter, Tensor] = {}
+        self.unneeded: frozenset[nn.Parameter] = frozenset()
         self._heard: set[Tensor] = set()
         self.reshard()
         names = {p: name for name, p in model.named_parameters()} if self.modules and model is not None else {}
@@ -161,8 +166,11 @@ class _Ear:
         shards, piece = self._to[0](), self._to[1]
         if shards is not None:
             before = shards.gradients.get(piece)
-            own = gradient.detach()
-            shards.gradients[piece] = own.clone() if before is None else before + own
+            if piece in shards.unneeded or (before is not None and before.is_meta):
+                shards.gradients[piece] = gradient.new_empty(gradient.shape, device="meta")
+            else:
+                own = gradient.detach()
+                shards.gradients[piece] = own.clone() if before is None else before + own
 
 
 def gathered(state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:

@@ -7,6 +7,7 @@ pass that nobody differentiates nor a model that outlives its optimizer leaks.
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -95,6 +96,17 @@ class Recorder:
     def gradients(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
         """What backward passes have left for these parameters; where they are sharded, of the samples seen here."""
         return {p: self.shards.gradients.get(p) if p in self.shards else p.grad for p in parameters}
+
+    def _read_off_columns(self, recorded: Pass) -> frozenset[nn.Parameter]:
+        """Parameters of layers that a pass's columns tell all of; of no other layer."""
+        if self.shards.every:
+            return frozenset()
+        pieces = self.shards.pieces()
+        owners = Counter(pieces.get(p, p) for module in self.model.modules() for p in module._parameters.values())
+        unread = {run.layer for run in recorded.runs if run.misfit or run.stray}
+        read = {run.layer for run in recorded.runs if _has_columns(run.layer)} - unread
+        own = (pieces.get(p, p) for layer in read for p in layer._parameters.values())
+        return frozenset(p for p in own if p is not None and owners[p] == 1)
 
     def _parameters(self) -> list[nn.Parameter]:
         pieces = self.shards.pieces()
@@ -256,7 +268,9 @@ class Recorder:
             taps.install(_PassEar(self, ended), ended.state.cotangents)
             if self._keeping:
                 ended.edges += [(ended.state.cotangents, i, edge) for i, edge in taps.edges()]
-        self._handles += self.shards.listen()
+        if self.shards:
+            self._handles += self.shards.listen()
+            self.shards.unneeded = self._read_off_columns(ended)
         if self._keeping:
             ended.outputs = outputs
 
@@ -370,6 +384,11 @@ class _PassEar:
 
     def arrived(self, slots: list[Tensor | None], i: int, gradient: Tensor) -> None:
         self._recorder.arrived(self._into, slots, i, gradient)
+
+
+def _has_columns(layer: nn.Module) -> bool:
+    rule = rule_for(layer)
+    return rule.name != "generic" and rule.refuses(layer) is None
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

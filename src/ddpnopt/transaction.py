@@ -75,9 +75,8 @@ class Transaction:
     def _culprit(self) -> str | None:
         if self._model is not None and (where := first_not_finite(self._model, self._passes)) is not None:
             return where
-        spoiled = (
-            n for n, p in self._parameters.items() if p in self._gradients and not all_finite([self._gradients[p]])
-        )
+        known = {n: self._gradients[p] for n, p in self._parameters.items() if p in self._gradients}
+        spoiled = (n for n, gradient in known.items() if not gradient.is_meta and not all_finite([gradient]))
         return next((f"the gradient of {name} is not finite" for name in spoiled), None)
 
     def check(self, states: Mapping[nn.Parameter, State], before: Mapping[Tensor, State]) -> None:
