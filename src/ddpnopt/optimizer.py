@@ -54,9 +54,9 @@ class DDPNOpt(torch.optim.Optimizer):
     step at every learning rate.
 
     Args:
-        model_or_params: the module to train (all its parameters that require a gradient, one group), bare or in a
-            ``DistributedDataParallel``; or parameters or groups as for any ``torch.optim.Optimizer``: parameters
-            without their module get the curvature's step alone.
+        model_or_params: the module to train (all its parameters that require a gradient, one group), bare, in a
+            ``DistributedDataParallel`` or sharded by ``fully_shard``; or parameters or groups as for any
+            ``torch.optim.Optimizer``: parameters without their module get the curvature's step alone.
         lr: step size ``eta`` of ``R = M / eta + ...``; default 0.1.
         curvature: ``Kronecker()`` (default), ``EigenKronecker()``, ``Adaptive()`` or ``Identity()``.
         terminal: ``Gradient()`` (default), or ``Matched``, ``Exact``, ``Sampled`` with the loss module.
@@ -77,13 +77,13 @@ class DDPNOpt(torch.optim.Optimizer):
             ``"skip"``: leave it out and count it in :meth:`diagnostics`. What the forward pass itself has changed
             (running statistics, random generators) stays, as after any forward pass.
         process_group: of ``torch.distributed``, whose ranks share the batch: the step is that of all their samples
-            (``docs/distributed.md``). Default: the wrapper's, else the default group where there is one, as for a
-            copy or an unpickled optimizer, since groups are neither copied nor pickled.
+            (``docs/distributed.md``). Default: the wrapper's or the shards', else the default group where there is
+            one, as for a copy or an unpickled optimizer, since groups are neither copied nor pickled.
 
     Raises:
         ValueError: if a number is out of range, ``coupling`` or ``on_nonfinite`` is unknown, ``coupling`` is
             ``Dense`` on a model that is no chain, ``stages`` names no module or does not go with ``coupling``, or a
-            parameter is complex.
+            parameter is complex or sharded in a way that does not go.
         TypeError: if ``curvature`` or ``terminal`` is not one, or ``feedback`` is not a bool.
 
     Example:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from programs import shard, whole
+from programs import Mixed, shard, whole
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from ddpnopt import Batch, DDPNOpt, Dense, Identity, Matched
@@ -203,14 +203,20 @@ def refused_shards(rank: int, size: int) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mesh = init_device_mesh("cpu", (size,))
+        two = init_device_mesh("cpu", (1, size), mesh_dim_names=("first", "second"))
 
     def model(**settings: Any) -> nn.Sequential:
         made = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
         shard(made, size, "root", **settings)
         return made
 
-    def planned() -> nn.Module:
-        return parallelize_module(nn.Sequential(nn.Linear(4, 6)), mesh, {"0": ColwiseParallel()})
+    def planned(*, sharded: bool = False) -> nn.Module:
+        made = nn.Sequential(nn.Linear(4, 6))
+        parallelize_module(made, two["second"] if sharded else mesh, {"0": ColwiseParallel()})
+        return fully_shard(made, mesh=two["first"]) if sharded else made  # type: ignore[return-value]
+
+    def hybrid() -> nn.Module:
+        return fully_shard(nn.Sequential(nn.Linear(4, 6)), mesh=two)  # type: ignore[return-value]
 
     def closure(optimizer: DDPNOpt) -> None:
         assert optimizer.model is not None
@@ -225,6 +231,8 @@ def refused_shards(rank: int, size: int) -> dict[str, Any]:
         "plan": lambda: DDPNOpt(planned()),
         "bare": lambda: DDPNOpt(model().parameters()),
         "precision": lambda: DDPNOpt(model(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))),
+        "mesh": lambda: DDPNOpt(hybrid()),
+        "plan, then sharded": lambda: DDPNOpt(planned(sharded=True)),
         "offload": lambda: DDPNOpt(model(offload_policy=CPUOffloadPolicy(pin_memory=False))),
         "group": lambda: DDPNOpt(model(), process_group=_of_one(rank, size)),
         "base": lambda: DDPNOpt(model(), curvature=Identity(), coupling="sample", feedback=False),
@@ -239,6 +247,19 @@ def refused_shards(rank: int, size: int) -> dict[str, Any]:
         except Exception as error:
             told[name] = f"{type(error).__name__}: {error}"
     return {"told": told}
+
+
+def kept_gradients(rank: int, size: int) -> dict[str, Any]:
+    """Which parameters' gradients a rank keeps whole after a backward pass."""
+    torch.manual_seed(0)
+    model = Mixed()
+    shard(model, size, "children")
+    optimizer = DDPNOpt(model)
+    names = {p: name for name, p in model.named_parameters()}
+    model(torch.randn(3, 6)).square().mean().backward()
+    assert optimizer._recorder is not None
+    gradients = optimizer._recorder.shards.gradients
+    return {"heard": len(gradients), "kept": [names[p] for p, gradient in gradients.items() if not gradient.is_meta]}
 
 
 def _of_one(rank: int, size: int) -> Any:
@@ -278,7 +299,8 @@ INCIDENTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     f.__name__: f
     for f in (
         spoiled, skipping, breaking, breaking_last, without_backward, nobody, scaler_found_inf, two_ways, refused,
-        sharded_spoiled, sharded_skipping, sharded_breaking, refused_shards, gradients_in_a_wrapper, traffic,
+        sharded_spoiled, sharded_skipping, sharded_breaking, refused_shards, kept_gradients,
+        gradients_in_a_wrapper, traffic,
     )
 }  # fmt: skip
 

@@ -130,7 +130,7 @@ class Program:
         twins: every rank has all samples.
         apart: how far weights may be from those of one process.
         shard: the model's children (``"children"``), the first of them (``"first"``) or none (``"root"``) are sharded
-            each by itself, the rest with the model.
+            each by itself, the rest with the model; ``"some"``: the first, and the rest is not.
         reshard: whether weights are cut again between the forward and the backward pass; ``None`` is torch's choice.
     """
 
@@ -230,7 +230,7 @@ PROGRAMS: dict[str, Program] = {
     "sharded, words": Program(Words, {"curvature": KRONECKER}, shard="root", reshard=True),
     "sharded, exact": Program(Mixed, terminal=lambda c: Exact(c), shard="children", reshard=True),
     "sharded, micro-batches": Program(Residual, parts=2, empty=False, short=9, shard="children"),
-    "sharded, closure": Program(Mixed, form="closure with backward", shard="children"),
+    "sharded, closure": Program(Mixed, form="closure with backward", shard="some"),
     "sharded, pictures": Program(pictures, {"curvature": KRONECKER}, shard="children"),
     "sharded, local": Program(Residual, {"coupling": Batch(local=True), "momentum": 0.5}, twins=True, shard="children"),
 }  # fmt: skip
@@ -288,9 +288,9 @@ def shard(model: nn.Module, size: int, which: str, reshard: bool | None = None, 
         warnings.simplefilter("ignore")
         mesh = init_device_mesh("cpu", (size,))
     children = [child for child in model.children() if list(child.parameters())]
-    for child in {"root": [], "first": children[:1], "children": children}[which]:
-        fully_shard(child, mesh=mesh, reshard_after_forward=reshard, **settings)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard, **settings)
+    inner = {"root": [], "first": children[:1], "some": children[:1], "children": children}[which]
+    for module in [*inner, model] if which != "some" else inner:
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, **settings)
 
 
 def whole(model: nn.Module) -> list[Tensor]:

@@ -105,6 +105,11 @@ def test_a_failure_on_one_rank_of_a_sharded_model() -> None:
 
 REFUSED = {
     "plan": ["ValueError: 0.weight is sharded over ranks", "fully_shard alone", "DistributedDataParallel"],
+    "plan, then sharded": [
+        "ValueError: 0.weight is sharded by a parallelize plan before fully_shard",
+        "fully_shard alone",
+    ],
+    "mesh": ["ValueError: 0.weight is sharded over the mesh", "one mesh of one dimension"],
     "bare": ["ValueError: parameter 0 is sharded over ranks", "give the optimizer the module itself"],
     "precision": ["ValueError: 0.weight is kept in torch.float64 and run in torch.bfloat16", "torch.autocast"],
     "offload": ["ValueError: 0.weight is offloaded to the CPU", "leave offload_policy out"],
@@ -113,6 +118,11 @@ REFUSED = {
     "closure": ["StepError: ", "the model is sharded", "call loss.backward() in the closure"],
     "unscaled": ["StepError: ", "the model is sharded", "leave out scaler.unscale_"],
 }
+
+
+def test_whole_gradients_are_kept_only_where_no_columns_are_read() -> None:
+    for rank in incidents():
+        assert rank["kept_gradients"] == {"heard": 11, "kept": ["block.scale"]}
 
 
 @pytest.mark.parametrize("name", REFUSED)
