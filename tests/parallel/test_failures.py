@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from incidents import AT, all_incidents, long_run
+from incidents import AT, long_run
 from launch import launch
+from sharded_incidents import all_incidents
 from torch import Tensor
 
 pytestmark = pytest.mark.xdist_group("failures")  # the incidents are run once for all
