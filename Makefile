@@ -28,6 +28,7 @@ bench: $(READY)  ## the pages of docs/results but the paper's, conformance, suit
 	$(BIN)/python benchmarks/batch_norm.py
 	$(BIN)/python benchmarks/distributed_bytes.py
 	$(BIN)/python benchmarks/distributed_rounding.py
+	$(BIN)/python benchmarks/sharded.py
 
 reproduce: $(READY)  ## the paper's experiments, full settings (hours; resumable): docs/results/paper/reproduce
 	$(BIN)/ddpnopt reproduce --out docs/results/paper --storage $(RUNS)

@@ -153,7 +153,7 @@ class _Deviation:
         self._moved.update(p for block in blocks for p in block.parameters)
         for stage, pairs in later.items():
             for block, columns in pairs:
-                change = matrix_of(block, block.parameters) - before[block]
+                change = matrix_of(block, block.tensors) - before[block]
                 self._add(stage, columns.directional(change))
 
     def at(self, stage: Stage, inputs: list[Tensor]) -> Tensor | None:
@@ -188,4 +188,4 @@ class _Deviation:
 
 def _controls(later: Later) -> dict[Block, Tensor]:
     blocks = {block for pairs in later.values() for block, _ in pairs}
-    return {block: matrix_of(block, block.parameters).clone() for block in blocks}
+    return {block: matrix_of(block, block.tensors).clone() for block in blocks}

@@ -48,7 +48,7 @@ def open_loop(task: Task) -> Outcome:
     for block, gradient in shared.alone.items():
         lr, decay, momentum = task.settings(block)
         state, velocity = task.own_state(block)
-        control = wide(matrix_of(block, block.parameters).clone())
+        control = wide(matrix_of(block, block.tensors).clone())
         if decay:
             gradient = gradient.add(control, alpha=decay)
         own = columns.get(block.parameters[0])
@@ -185,7 +185,7 @@ def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchVa
 def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
     state, velocity = task.own_state(block)
     lr, decay, momentum = task.settings(block)
-    control = wide(matrix_of(block, block.parameters)) if decay else None
+    control = wide(matrix_of(block, block.tensors)) if decay else None
     if isinstance(columns, SpreadColumns) and is_local(task.coupling):
         return BlockTerms(columns.own, control, velocity, lr, decay, momentum, state, seen=columns)
     return BlockTerms(columns, control, velocity, lr, decay, momentum, state)
@@ -229,12 +229,12 @@ def _move(block: Block, part: BlockPolicy, weights: Tensor, direction: Tensor | 
     """Move a block by its policy, or in a direction that is known already; returns the new velocity, if any."""
     sides = block.sides()
     velocity = part.move_(sides, weights) if direction is None else part.follow_(sides, direction)
-    if not all(side.data_ptr() == p.data_ptr() for side, p in zip(sides, block.parameters, strict=True)):
+    if not all(side.data_ptr() == p.data_ptr() for side, p in zip(sides, block.tensors, strict=True)):
         _write(block, torch.cat(sides, 1))  # a parameter that is no view of its matrix, channels_last say
     return velocity
 
 
 def _write(block: Block, matrix: Tensor) -> None:
     with torch.no_grad():
-        for parameter, part in zip(block.parameters, block.split(matrix), strict=True):
+        for parameter, part in zip(block.tensors, block.split(matrix), strict=True):
             parameter.copy_(part)

@@ -11,6 +11,7 @@ from .accord import Accord
 from .coupling import Coupling
 from .curvature import Curvature
 from .curvature.base import State
+from .errors import StepError
 from .layers import Block, mixes_samples
 from .linearise import Linearised, TerminalValue, linearise
 from .network import Network, matrix_of
@@ -81,7 +82,13 @@ class Task:
         """Gradient of the batch's loss as the block's matrix, at least in float32; ``None`` without one."""
         if any(p not in self.gradients for p in block.parameters):
             return None
-        return wide(matrix_of(block, [self.gradients[p] for p in block.parameters]))
+        gradients = [self.gradients[p] for p in block.parameters]
+        if any(gradient.is_meta for gradient in gradients):
+            raise StepError(
+                f"the gradient of a parameter of shape {tuple(block.parameters[0].shape)} was not kept: it is sharded, "
+                "and was read off its layer's runs in one micro-batch and not in another"
+            )
+        return wide(matrix_of(block, gradients))
 
     def block_gradients(self, read: Collection[nn.Parameter] = frozenset()) -> dict[Block, Tensor]:
         """The same of every block that has one and no parameter in ``read``."""

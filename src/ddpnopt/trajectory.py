@@ -7,6 +7,7 @@ pass that nobody differentiates nor a model that outlives its optimizer leaks.
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from .errors import StepError
 from .hooks import ModuleHook, TensorTap
 from .layers import Layout, is_batch, rule_for
 from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, versions
+from .sharded import Shards
 from .state import Boundaries, Boundary, Tracer
 from .wrapped import keep_gradients_local, wrapper_running
 
@@ -38,6 +40,7 @@ class Recorder:
         criterion: of the loss, if the terminal has one.
         whole_state: whether to find all that lives at a cut; else a stage's input is its state, right for chains.
         local_gradients: whether a ``DistributedDataParallel`` that the model runs in is to leave gradients alone.
+        shards: of the model.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class Recorder:
         *,
         whole_state: bool = False,
         local_gradients: bool = False,
+        shards: Shards | None = None,
     ):
         self.model = model
+        self.shards = Shards(None) if shards is None else shards
         self.live: list[Pass] = []
         self.closed = False
         self._local_gradients = local_gradients
@@ -88,6 +93,25 @@ class Recorder:
             self._wrapper = weakref.ref(wrapper)
             keep_gradients_local(wrapper, self)
 
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
+        """What backward passes have left for these parameters; where they are sharded, of the samples seen here."""
+        return {p: self.shards.gradients.get(p) if p in self.shards else p.grad for p in parameters}
+
+    def _read_off_columns(self, recorded: Pass) -> frozenset[nn.Parameter]:
+        """Parameters of layers that a pass's columns tell all of; of no other layer."""
+        if self.shards.every:
+            return frozenset()
+        pieces = self.shards.pieces()
+        owners = Counter(pieces.get(p, p) for module in self.model.modules() for p in module._parameters.values())
+        unread = {run.layer for run in recorded.runs if run.misfit or run.stray}
+        read = {run.layer for run in recorded.runs if _has_columns(run.layer)} - unread
+        own = (pieces.get(p, p) for layer in read for p in layer._parameters.values())
+        return frozenset(p for p in own if p is not None and owners[p] == 1)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        pieces = self.shards.pieces()
+        return [pieces.get(p, p) for p in self.model.parameters()]
+
     @property
     def empty(self) -> bool:
         """Whether the last forward pass in training mode was on a batch of length 0 and nothing came back yet."""
@@ -114,6 +138,7 @@ class Recorder:
             kept.outputs.clear()
         self.live.clear()
         self._kept.clear()
+        self.shards.gradients.clear()
         self._unreached = None
 
     @contextlib.contextmanager
@@ -186,17 +211,21 @@ class Recorder:
     def _attach(
         self, layers: Iterable[nn.Module], stages: Iterable[nn.Module], criterion: nn.Module | None
     ) -> list[RemovableHandle]:
-        def before(module: nn.Module, method: Callable[..., None]) -> RemovableHandle:
-            return module.register_forward_pre_hook(ModuleHook(method, module), with_kwargs=True)
+        def before(module: nn.Module, method: Callable[..., None], *, first: bool = False) -> RemovableHandle:
+            return module.register_forward_pre_hook(ModuleHook(method, module), with_kwargs=True, prepend=first)
 
         def after(module: nn.Module, method: Callable[..., None], *, always: bool) -> RemovableHandle:
             return module.register_forward_hook(ModuleHook(method, module), with_kwargs=True, always_call=always)
 
         # the model's own hooks enclose its layers', also where the model is a layer itself
         handles = [before(self.model, self._begin)]
+        replaced = {*self.shards.modules} - {self.model}
         inner = [m for m in self.model.modules() if m is not self.model] if self._whole_state else []
         handles += [before(module, self._enter) for module in inner]
-        handles += [before(stage, self._visit) for stage in stages]
+        # fully_shard gives its modules other tensors than they were called on: a stage's state is in the latter, and
+        # a state inside may have the former
+        handles += [before(stage, self._visit, first=stage in replaced) for stage in stages]
+        handles += [before(module, self._enter, first=True) for module in inner if module in replaced]
         handles += [after(layer, self._ran, always=False) for layer in layers]
         handles += [after(module, self._leave, always=False) for module in inner]
         handles.append(after(self.model, self._end, always=True))
@@ -209,7 +238,7 @@ class Recorder:
             return
         if (wrapper := wrapper_running()) is not None:
             self.inside(wrapper)
-        if self.live and all(p.grad is None for p in self.model.parameters()):
+        if self.live and all(p.grad is None for p in self._parameters()):
             self.forget()  # model.zero_grad() has dropped the gradients of a batch that was skipped
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         conditions = Conditions.now(self.model, tensors[0].device.type if tensors else "cpu")
@@ -217,7 +246,7 @@ class Recorder:
         self._current = Pass(detached(args), detached(kwargs), batch, conditions)
         self._current.versions = versions((args, kwargs))
         self._batch = batch
-        self._tracer = Tracer(self.overwritten) if self._whole_state else None
+        self._tracer = Tracer(self.overwritten, self.shards.pieces) if self._whole_state else None
         self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(self._current)]
         if self.model.training:
             self._unreached = batch
@@ -239,6 +268,9 @@ class Recorder:
             taps.install(_PassEar(self, ended), ended.state.cotangents)
             if self._keeping:
                 ended.edges += [(ended.state.cotangents, i, edge) for i, edge in taps.edges()]
+        if self.shards:
+            self._handles += self.shards.listen()
+            self.shards.unneeded = self._read_off_columns(ended)
         if self._keeping:
             ended.outputs = outputs
 
@@ -352,6 +384,11 @@ class _PassEar:
 
     def arrived(self, slots: list[Tensor | None], i: int, gradient: Tensor) -> None:
         self._recorder.arrived(self._into, slots, i, gradient)
+
+
+def _has_columns(layer: nn.Module) -> bool:
+    rule = rule_for(layer)
+    return rule.name != "generic" and rule.refuses(layer) is None
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -67,7 +67,9 @@ def taken_apart(columns: Columns) -> tuple[Label, list[Tensor]]:
 
 def as_bytes(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors' bytes, one after another."""
-    return torch.cat([tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in tensors])
+    # a lone number may have any stride, and be contiguous and flat
+    flat = [tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    return torch.cat([numbers.view(torch.uint8) for numbers in flat])
 
 
 def put_together(label: Label, data: Tensor, batch: int) -> Columns:
