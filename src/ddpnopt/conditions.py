@@ -30,8 +30,8 @@ class Conditions:
     @contextlib.contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
         """Run the body under these conditions; afterwards buffers and generators are as before it."""
-        buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-        named = [(module, dict(module._buffers)) for module in model.modules()]
+        named = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+        buffers = {b: b.clone() for _, own in named for b in own.values() if b is not None}
         device, dtype, enabled = self.autocast
         fast = torch.backends.mha.get_fastpath_enabled()
         # without gradients torch would fuse an evaluated transformer, and take its layers' sequences apart

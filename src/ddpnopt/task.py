@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .accord import Accord
@@ -14,7 +13,7 @@ from .curvature.base import State
 from .layers import Block, mixes_samples
 from .linearise import Linearised, TerminalValue, linearise
 from .network import Network, matrix_of
-from .passes import Pass
+from .passes import Pass, wide
 from .terminal import Terminal
 from .trajectory import Recorder
 
@@ -114,8 +113,3 @@ class Outcome:
     actual_decrease: Tensor | None = None
     failures: int = 0
     refused: dict[str, str] = field(default_factory=dict)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor, at least in float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -189,7 +189,9 @@ def symmetric_product(left: Tensor, right: Tensor, solve: Callable[[Tensor], Ten
 
     ``solve`` gets some rows at a time, so that what it makes of them stays in the processor's cache.
     """
-    n = len(left)
+    n = left.shape[0]
+    if n <= 2 * ROWS:
+        return solve(left) @ right.mT
     product = left.new_empty(n, n)
     for start in range(0, n, ROWS):
         end = min(start + ROWS, n)

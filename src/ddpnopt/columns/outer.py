@@ -52,6 +52,9 @@ class OuterColumns(Columns):
             return self._gram_by_rows(inverse) if s < out + fan_in else self.dense().gram(inverse)
         v, x = self.v.flatten(0, 2), self.x.flatten(0, 1)
         v_solved, x_solved = self._solve(inverse)
+        if n == v.shape[0] == x.shape[0]:
+            gram = symmetric_product(v, v_solved).mul_(symmetric_product(x, x_solved))
+            return gram.mul_(inverse.scale) if inverse.scale != 1.0 else gram
         inputs = symmetric_product(x, x_solved).view(self.batch, s, self.batch, s)
         outputs = symmetric_product(v, v_solved).view(self.count, self.batch, s, self.count, self.batch, s)
         gram = (outputs * inputs[None, :, :, None]).sum((2, 5)) if s > 1 else _hadamard(outputs, inputs)

@@ -76,6 +76,9 @@ class BatchDims:
     outputs: tuple[int, ...] = (0,)
 
 
+_FIRST = BatchDims()
+
+
 class LayerRule(ABC):
     """How one kind of module answers; see the module's docstring. Rules have no state."""
 
@@ -103,7 +106,7 @@ class LayerRule(ABC):
 
     def batch_dims(self, module: nn.Module) -> BatchDims:
         """Where the batch is in the module's inputs and outputs."""
-        return BatchDims()
+        return _FIRST
 
     def draws(self, module: nn.Module) -> bool:
         """Whether :meth:`columns` draws the random numbers of the module's run again (dropout inside)."""
