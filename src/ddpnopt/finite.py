@@ -22,7 +22,8 @@ def _finite_norms(tensors: list[Tensor]) -> bool:
     """Whether all Euclidean norms are: then all entries are; squares of large ones may overflow."""
     # torch's maximum norm takes far longer on a CPU
     norms = torch._foreach_norm(tensors)
-    return bool(torch.isfinite(torch.stack([norm.double() for norm in norms])).all())
+    alike = all(norm.dtype == norms[0].dtype for norm in norms)
+    return bool(torch.isfinite(torch.stack(norms if alike else [norm.double() for norm in norms])).all())
 
 
 def first_not_finite(model: nn.Module, passes: Sequence[Pass]) -> str | None:

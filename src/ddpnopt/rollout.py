@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -103,7 +104,9 @@ def forward_pass(
             if module in left:
                 stage = left.pop(module)
                 policy = policies[stage]
-                with torch.autocast(device, enabled=False):  # it is for the model: steps keep their precision
+                # autocast is for the model: steps keep their precision
+                casting = torch.is_autocast_enabled(device)
+                with torch.autocast(device, enabled=False) if casting else nullcontext():
                     inputs = [fronted(x, dim) for x, dim in recorder.state(module, (args, kwargs))]
                     r = gather(stage, deviation.at(stage, inputs))
                     if meet is not None and r is not None:

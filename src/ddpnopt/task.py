@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .accord import Accord
+from .conditions import every_module
 from .coupling import Coupling
 from .curvature import Curvature
 from .curvature.base import State
@@ -89,7 +90,9 @@ class Task:
 
     def coupled(self) -> bool:
         """Whether layers see one another: while samples are mixed, columns are not those of single samples."""
-        return self.feedback and (self.recorder is None or not any(map(mixes_samples, self.recorder.model.modules())))
+        return self.feedback and (
+            self.recorder is None or not any(map(mixes_samples, every_module(self.recorder.model)))
+        )
 
     def blocks(self) -> list[Block]:
         """All there are."""

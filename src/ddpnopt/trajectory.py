@@ -320,11 +320,12 @@ class Recorder:
         """A gradient has come to slot ``i`` of a pass."""
         if not self.listening:
             return
+        gradient = gradient.detach() if gradient.requires_grad else gradient
         if self._collecting:
-            slots[i] = gradient.detach()
+            slots[i] = gradient
             return
         before = slots[i]
-        slots[i] = gradient.detach() if before is None else before + gradient.detach()
+        slots[i] = gradient if before is None else before + gradient
         self._unreached = None
         if not into.reached:
             into.reached = True

@@ -42,11 +42,11 @@ class Transaction:
         self._before = room
 
     def __enter__(self) -> "Transaction":
-        now = [p.detach() for p in self._parameters.values()]
+        now = list(self._parameters.values())
         if len(self._before) == len(now) and all(map(_alike, self._before, now)):
             torch._foreach_copy_(self._before, now) if now else None
         else:
-            self._before[:] = [p.clone() for p in now]
+            self._before[:] = [p.detach().clone() for p in now]
         return self
 
     def __exit__(
@@ -77,9 +77,8 @@ class Transaction:
 
     def check(self, states: Mapping[nn.Parameter, State], before: Mapping[Tensor, State]) -> None:
         """Raise :class:`NonFiniteError`, naming the parameter, unless weights and what is new in states are finite."""
-        weights = [p.detach() for p in self._parameters.values()]
         new = [t for p, state in states.items() for t in _tensors(state, before.get(p, {}))]
-        if all_finite([*weights, *new]):
+        if all_finite([*self._parameters.values(), *new]):
             return
         for name, parameter in self._parameters.items():
             curvature = _tensors(states.get(parameter, {}), {})

@@ -107,7 +107,7 @@ class BatchValue(Value):
         n = self.information.shape[0]
         gram = gram.double()
         d = None if d is None else d.double().flatten()
-        precision, information = self.precision + gram[:n, :n], self.information
+        precision, information = self.precision + (gram[:n, :n] if len(self.straight) else gram), self.information
         if self.straight.numel():
             information = information - gram[:n, n:] @ self.straight.flatten()
         if d is not None:
@@ -149,7 +149,7 @@ class BatchPolicy(Policy):
 
     def weights(self, r: Tensor | None) -> Tensor:
         n, batch = self.information.shape[0], self.straight.shape[1]
-        known = self.information if r is None else self.information + r.double().flatten()[:n]
+        known = self.information if r is None else self.information + r.flatten()[:n]
         curved = torch.cholesky_solve(known[:, None], self.factor).view(-1, batch)
         return torch.cat([curved, self.straight]) if self.straight.numel() else curved
 

@@ -64,7 +64,7 @@ class SpreadColumns(Columns):
         whole = torch.cat([part.view(size) for part, size in zip(parts, shape, strict=True)], 1)
         start = sum(rows[: self.ranks.rank])
         left, right = _sides(inverse, whole, slice(start, start + mine))
-        part = symmetric_product(left.flatten(0, 1).flatten(1), right.flatten(0, 1).flatten(1))
+        part = symmetric_product((left.flatten(0, 1).flatten(1), right.flatten(0, 1).flatten(1)))
         return self._summed_symmetric(part)
 
     def sample_gram(self, inverse: Inverse) -> Tensor:

@@ -27,6 +27,9 @@ class Block:
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
 
+    def __hash__(self) -> int:
+        return id(self.parameters[0])  # a block is asked for many times a step, and parameters hash slowly
+
     def matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like the parameters as one matrix ``[out, fan_in]``."""
         sides = [_as_matrix(tensor) for tensor in tensors]
