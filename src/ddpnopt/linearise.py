@@ -114,7 +114,7 @@ def linearise(
         with recorder.muted(), torch.enable_grad():
             scales = [_scale(p, terminal, loss, share(p)) for p in passes]
         linearised = [Linearised(p, scale * (per_weight / loss_scale)) for p, scale in zip(passes, scales, strict=True)]
-        return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
+        return linearised, TerminalValue(torch.cat(scales)[None].reciprocal(), 1, weight)
     assert isinstance(terminal, Factored)
     pulled = [_pulled(p, terminal, recorder, loss, (step, before), share(p)) for p in passes]
     count, root = pulled[0][1], 1.0 if terminal.cap is None else math.sqrt(terminal.cap)

@@ -42,7 +42,7 @@ class Transaction:
         self._before = room
 
     def __enter__(self) -> "Transaction":
-        now = list(self._parameters.values())
+        now: list[Tensor] = list(self._parameters.values())
         if len(self._before) == len(now) and all(map(_alike, self._before, now)):
             torch._foreach_copy_(self._before, now) if now else None
         else:

@@ -134,7 +134,7 @@ class OuterColumns(Columns):
             return None
         v, x = self._solve(inverse)
         weights = weights if inverse.scale == 1.0 else weights * inverse.scale
-        if weights.numel() == v.shape[0]:
+        if self.count == self.positions == 1:
             return v * weights.to(v.dtype).view(-1, 1), x
         return _combined(v.view(self.v.shape), weights).flatten(0, 1), x
 
