@@ -60,8 +60,8 @@ class Calls(TorchDispatchMode):
     """Counts the calls that reach the dispatcher."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
@@ -73,7 +73,7 @@ def calls_of(step: Step) -> float:
     with Calls() as calls:
         for _ in range(BLOCK):
             step()
-    return calls.count / BLOCK
+    return float(calls.count) / BLOCK
 
 
 def section(network: Network, batch: int, turns: int) -> str:
