@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
+EXACT, LOCAL = "DDPNOpt, `rounded=False`", "DDPNOpt, `local=True`"
+COMPARED = ("SGD", EXACT, LOCAL)
+"""Methods of ``distributed_bytes.py`` that are modelled; whole numbers are sent, so that bytes follow from counts."""
+
 Term = Callable[[int, int], float]
 """Of ranks ``p`` and samples per rank ``b``; ``N = p b``."""
 

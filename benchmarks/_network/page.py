@@ -6,9 +6,24 @@ from statistics import median
 from typing import Any
 
 from _markdown import table
-from distributed_bytes import BATCH, METHODS, NETWORKS
+from distributed_bytes import BATCH, NETWORKS
 
-from _network.model import ALL, BYTES, HOPS, OWN, Fitted, Processor, Step, Wire, fitted, processor, sending
+from _network.model import (
+    ALL,
+    BYTES,
+    COMPARED,
+    EXACT,
+    HOPS,
+    LOCAL,
+    OWN,
+    Fitted,
+    Processor,
+    Step,
+    Wire,
+    fitted,
+    processor,
+    sending,
+)
 from ddpnopt.experiments.environment import version
 
 DELAY, RATE = 0.005, 200e6
@@ -35,7 +50,7 @@ def steps(found: Recorded) -> dict[tuple[str, str], Step]:
     """The model of every network and method."""
     models = {}
     for network in NETWORKS:
-        for method in METHODS:
+        for method in COMPARED:
             counts = {
                 (int(size), batch): one
                 for size, of in found.items()
@@ -46,7 +61,7 @@ def steps(found: Recorded) -> dict[tuple[str, str], Step]:
             def through(terms: Any, key: str, counts: dict[tuple[int, int], Any] = counts) -> Fitted:
                 return fitted(terms, {at: one[key] for at, one in counts.items()})
 
-            terms = OWN if method != "DDPNOpt" else {**OWN, **ALL}
+            terms = OWN if method != EXACT else {**OWN, **ALL}
             flops = through(terms, "flops")
             times = [
                 (flops(1, batch), one["processor"])
@@ -108,8 +123,8 @@ def paper_rows(models: dict[tuple[str, str], Step], network: str, paper: Sequenc
     for label, used in PROCESSORS:
         for wire in WIRES:
             for p in paper:
-                spent = {m: models[network, m].spent(p, BATCH, wire, used) for m in METHODS}
-                exact, local = spent["DDPNOpt"], spent["DDPNOpt, `local`"]
+                spent = {m: models[network, m].spent(p, BATCH, wire, used) for m in COMPARED}
+                exact, local = spent[EXACT], spent[LOCAL]
                 best = "exact" if exact.total < local.total else "`local`"
                 best += ", also than SGD" * (min(exact.total, local.total) < spent["SGD"].total)
                 cells = [_ms(one.total) for one in spent.values()]
@@ -161,9 +176,10 @@ def page(found: Recorded, paper: Sequence[int], turns: int, made: str) -> str:
         within = sum(abs(error) <= 0.25 for error in errors)
         noise = median(max(turn[0] for turn in one["turns"]) - min(turn[0] for turn in one["turns"]) for one in loops)
         checked = f"""The model's messages cross the wire {CROSSINGS} times, as gloo sends them: its receiver first
-says that it is ready. That is no fit, but it was set after the first runs. A number that all ranks tell all others took {_told(message, 0)} a hop
-on these wires and {_told(message, 1)} when every packet was held back for {1e3 * DELAY:g} ms: {seen} times the
-delay more, measured once, while the machine had other work. With as many, the predictions for delays would grow alike.
+says that it is ready. That is no fit, but it was set after the first runs. A number that all ranks tell all others took
+{_told(message, 0)} a hop on these wires and {_told(message, 1)} when every packet was held back for
+{1e3 * DELAY:g} ms: {seen} times the delay more, measured once, while the machine had other work. With as many, the
+predictions for delays would grow alike.
 
 {table(["network", "ranks", "method", "nothing added, ms", *(f"{label}: {both}" for label in LABELS[1:])], rows)}
 
@@ -184,7 +200,8 @@ cores had other work; what is small beside that is not told apart from it. Of th
 for a rank's step, one after the other: nothing is sent while something is computed. Operations are counted by torch's
 counter (and formulas for what it leaves out: triangular factors, solves, eigenvectors, groups of convolutions),
 messages and bytes by `ddpnopt/ranks.py`, as means over the ten steps after which the curvature's work repeats;
-{BATCH} samples a rank.
+{BATCH} samples a rank. The exact form sends whole numbers here; by default
+convolutions in float32 send [fewer bytes](distributed_bytes.md).
 
 ## The fit
 
@@ -223,7 +240,7 @@ def _told(message: dict[str, list[float]], condition: int) -> str:
 
 def _binding(models: dict[tuple[str, str], Step], network: str) -> str:
     """Where the sequential rollout and the replicated algebra bind the exact step, ring and tree."""
-    step = models[network, "DDPNOpt"]
+    step = models[network, EXACT]
     stages = sum(any(True for _ in module.parameters(recurse=False)) for module in NETWORKS[network]().modules())
     rows = []
     for label, used in PROCESSORS:

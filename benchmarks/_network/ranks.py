@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _machines import DEVICE
 from distributed_bytes import CYCLE, METHODS, NETWORKS
 
+from _network.model import COMPARED
 from ddpnopt.ranks import Ranks
 
 SETTLE = 0.15
@@ -164,7 +165,7 @@ def main(folder: Path, rank: int, size: int) -> None:
     found: dict[str, Any] = {"messages": own.messages(), "counts": [], "times": []}
     own.condition(0.0, 0.0)
     for network in NETWORKS:
-        for method in METHODS:
+        for method in COMPARED:
             for batch in job["batches"]:
                 found["counts"].append([network, method, batch, own.counts(network, method, batch)])
             for batch in job["timed"]:

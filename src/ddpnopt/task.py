@@ -4,10 +4,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .accord import Accord
+from .conditions import every_module
 from .coupling import Coupling
 from .curvature import Curvature
 from .curvature.base import State
@@ -15,7 +15,7 @@ from .errors import StepError
 from .layers import Block, mixes_samples
 from .linearise import Linearised, TerminalValue, linearise
 from .network import Network, matrix_of
-from .passes import Pass
+from .passes import Pass, wide
 from .terminal import Terminal
 from .trajectory import Recorder
 
@@ -97,7 +97,9 @@ class Task:
 
     def coupled(self) -> bool:
         """Whether layers see one another: while samples are mixed, columns are not those of single samples."""
-        return self.feedback and (self.recorder is None or not any(map(mixes_samples, self.recorder.model.modules())))
+        return self.feedback and (
+            self.recorder is None or not any(map(mixes_samples, every_module(self.recorder.model)))
+        )
 
     def blocks(self) -> list[Block]:
         """All there are."""
@@ -121,8 +123,3 @@ class Outcome:
     actual_decrease: Tensor | None = None
     failures: int = 0
     refused: dict[str, str] = field(default_factory=dict)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor, at least in float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

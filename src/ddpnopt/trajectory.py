@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from .conditions import Conditions, rng_states
 from .errors import StepError
 from .hooks import ModuleHook, TensorTap
 from .layers import Layout, is_batch, rule_for
-from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, versions
+from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, fronted, leaves, versions
 from .sharded import Shards
 from .state import Boundaries, Boundary, Tracer
 from .wrapped import keep_gradients_local, wrapper_running
@@ -240,7 +239,7 @@ class Recorder:
             self.inside(wrapper)
         if self.live and all(p.grad is None for p in self._parameters()):
             self.forget()  # model.zero_grad() has dropped the gradients of a batch that was skipped
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         conditions = Conditions.now(self.model, tensors[0].device.type if tensors else "cpu")
         batch = len(tensors[0]) if tensors else 0
         self._current = Pass(detached(args), detached(kwargs), batch, conditions)
@@ -306,7 +305,7 @@ class Recorder:
                 return
             state = self.state(stage, (args, kwargs))
             inputs, dims = [x for x, _ in state], [dim for _, dim in state]
-            moved = [x.detach().movedim(dim, 0) for x, dim in state]
+            moved = [fronted(x.detach(), dim) for x, dim in state]
             visit = Visit(moved, [None] * len(inputs), dims)
             self._current.visits[stage] = visit
             self._tap(self._current, inputs, visit.cotangents)
@@ -319,7 +318,7 @@ class Recorder:
         inputs = floating(tree)
         dims = self._layout.dims(stage, rule_for(stage), inputs, self._batch, inputs=True)
         fitting = [(x, dim) for x, dim in zip(inputs, dims, strict=True) if is_batch(x, dim, self._batch)]
-        return list({id(x): (x, dim) for x, dim in fitting}.values())
+        return fitting if len(fitting) < 2 else list({id(x): (x, dim) for x, dim in fitting}.values())
 
     def _ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._paused or self._current is None or self._before_stage is not None or not torch.is_grad_enabled():
@@ -336,10 +335,11 @@ class Recorder:
         self._tap(self._current, outputs, run.cotangents)
 
     def _tap(self, into: Pass, tensors: Sequence[Tensor], cotangents: list[Tensor | None]) -> None:
+        ear = _PassEar(self, into)
         for i, tensor in enumerate(tensors):
             if not tensor.requires_grad:
                 continue
-            tensor.register_hook(TensorTap(_PassEar(self, into), cotangents, i))
+            tensor.register_hook(TensorTap(ear, cotangents, i))
             if self._keeping:
                 into.edges.append((cotangents, i, get_gradient_edge(tensor)))
 
@@ -352,18 +352,19 @@ class Recorder:
         """A gradient has come to slot ``i`` of a pass."""
         if not self.listening:
             return
+        gradient = gradient.detach() if gradient.requires_grad else gradient
         if self._collecting:
-            slots[i] = gradient.detach()
+            slots[i] = gradient
             return
         before = slots[i]
-        slots[i] = gradient.detach() if before is None else before + gradient.detach()
+        slots[i] = gradient if before is None else before + gradient
         self._unreached = None
         if not into.reached:
             into.reached = True
             self.live.append(into)
 
     def _criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        given = next((leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if given is None or self._muted or self._paused:
             return
         for recorded in (ref() for ref in reversed(self._begun)):

@@ -47,11 +47,11 @@ class Transaction:
         self._written = [p for p in parameters.values() if p not in shards]
 
     def __enter__(self) -> "Transaction":
-        now = [p.detach() for p in self._written]
+        now: list[Tensor] = list(self._written)
         if len(self._before) == len(now) and all(map(_alike, self._before, now)):
             torch._foreach_copy_(self._before, now) if now else None
         else:
-            self._before[:] = [p.clone() for p in now]
+            self._before[:] = [p.detach().clone() for p in now]
         return self
 
     def __exit__(
@@ -82,7 +82,7 @@ class Transaction:
     def check(self, states: Mapping[nn.Parameter, State], before: Mapping[Tensor, State]) -> None:
         """Raise :class:`NonFiniteError`, naming the parameter, unless weights and what is new in states are finite."""
         held = self._shards.held
-        weights = [held.get(p, p).detach() for p in self._parameters.values()]
+        weights = [held.get(p, p) for p in self._parameters.values()]
         new = [t for p, state in states.items() for t in _tensors(state, before.get(p, {}))]
         if all_finite([*weights, *new]):
             return

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from launch import launch
-from programs import KRONECKER, PROGRAMS, batches, pictures
+from networks import pictures
+from programs import KRONECKER, PROGRAMS, batches
 from torch import Tensor, distributed, nn
 
 from ddpnopt import Batch, DDPNOpt, linalg

@@ -64,7 +64,7 @@ class SpreadColumns(Columns):
         rounds = self.rounded and values.dtype == torch.float32
         traded = self._traded(packed(values) if rounds else values[..., None])
         rows = (unpacked(traded) if rounds else traded[..., 0]).flatten(0, 1)
-        return self._summed_symmetric(symmetric_product(rows, rows))
+        return self._summed_symmetric(symmetric_product((rows, rows)))
 
     def sample_gram(self, inverse: Inverse) -> Tensor:
         return self._gathered(self.own.sample_gram(inverse))

@@ -34,6 +34,9 @@ class Block:
         """The parameters' values, whole."""
         return [self.held.get(parameter, parameter) for parameter in self.parameters]
 
+    def __hash__(self) -> int:
+        return id(self.parameters[0])  # a block is asked for many times a step, and parameters hash slowly
+
     def matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like the parameters as one matrix ``[out, fan_in]``."""
         sides = [_as_matrix(tensor) for tensor in tensors]
@@ -83,6 +86,9 @@ class BatchDims:
     outputs: tuple[int, ...] = (0,)
 
 
+_FIRST = BatchDims()
+
+
 class LayerRule(ABC):
     """How one kind of module answers; see the module's docstring. Rules have no state."""
 
@@ -110,7 +116,7 @@ class LayerRule(ABC):
 
     def batch_dims(self, module: nn.Module) -> BatchDims:
         """Where the batch is in the module's inputs and outputs."""
-        return BatchDims()
+        return _FIRST
 
     def draws(self, module: nn.Module) -> bool:
         """Whether :meth:`columns` draws the random numbers of the module's run again (dropout inside)."""
