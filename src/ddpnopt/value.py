@@ -78,7 +78,7 @@ class BatchValue(Value):
     Args:
         find_a: gives ``a [R, B]``.
         precision: ``C^-1 [n, n]`` of the ``n = curved * B`` columns with curvature.
-        information: ``C^-1 a [n]``.
+        information: ``C^-1 a``, as ``[curved, B]``.
         straight: ``a`` of the columns without curvature, ``[R - curved, B]``.
     """
 
@@ -93,7 +93,7 @@ class BatchValue(Value):
         a = a.double()
         n = a[:curved].numel()
         precision = torch.eye(n, dtype=torch.float64, device=a.device).div_(weight)
-        return BatchValue(lambda: weight * a, precision, a[:curved].flatten(), weight * a[curved:])
+        return BatchValue(lambda: weight * a, precision, a[:curved], weight * a[curved:])
 
     @property
     def joint(self) -> bool:
@@ -104,14 +104,14 @@ class BatchValue(Value):
         return self.find_a()
 
     def backward(self, gram: Tensor, d: Tensor | None, *, feedback: bool) -> tuple[Policy, "BatchValue"]:
-        n = self.information.shape[0]
+        n = self.information.numel()
         gram = gram.double()
         d = None if d is None else d.double().flatten()
         precision, information = self.precision + (gram[:n, :n] if len(self.straight) else gram), self.information
         if self.straight.numel():
-            information = information - gram[:n, n:] @ self.straight.flatten()
+            information = information - (gram[:n, n:] @ self.straight.flatten()).view_as(information)
         if d is not None:
-            information = information - d[:n]
+            information = information - d[:n].view_as(information)
         factor, failures = linalg.cholesky(precision)
         if factor is None and not bool(torch.isfinite(precision).all()):
             raise NonFiniteError("the batch's curvature is not finite")
@@ -148,11 +148,10 @@ class BatchPolicy(Policy):
         return self.weights(None)
 
     def weights(self, r: Tensor | None) -> Tensor:
-        n, batch = self.information.shape[0], self.straight.shape[1]
-        known = self.information if r is None else self.information + r.flatten()[:n]
+        known = self.information if r is None else self.information + r[: len(self.information)]
         # for one vector torch.cholesky_solve takes three times as long: it copies the factor
-        half = torch.linalg.solve_triangular(self.factor, known[:, None], upper=False)
-        curved = torch.linalg.solve_triangular(self.factor.mT, half, upper=True).view(-1, batch)
+        half = torch.linalg.solve_triangular(self.factor, known.reshape(-1, 1), upper=False)
+        curved = torch.linalg.solve_triangular(self.factor.mT, half, upper=True).view_as(known)
         return torch.cat([curved, self.straight]) if self.straight.numel() else curved
 
     def predicted(self) -> Tensor:
