@@ -20,13 +20,16 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the pages of docs/results but the paper's, conformance and suite (about an hour; resumable)
+bench: $(READY)  ## the pages of docs/results but the paper's, conformance, suite, network and two_machines (one to two hours; resumable)
 	$(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/convnet.py
 	$(BIN)/python benchmarks/relinearise.py
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/batch_norm.py
 	$(BIN)/python benchmarks/distributed_bytes.py
+	$(BIN)/python benchmarks/distributed_rounding.py
+	$(BIN)/python benchmarks/sharded.py
 
 reproduce: $(READY)  ## the paper's experiments, full settings (hours; resumable): docs/results/paper/reproduce
 	$(BIN)/ddpnopt reproduce --out docs/results/paper --storage $(RUNS)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ BATCH = 32
 CYCLE = 10
 """Steps after which the curvature's work repeats."""
 RATES = (0.01, 0.1, 1.0)
+TRAINED_ON = 4
+"""Processes on which the local form is compared with the exact one."""
 COUNTERS = Path("/proc/self/net/dev")
 
 
@@ -52,14 +55,14 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 class Arguments:
     """Bytes and messages of a step over several ranks, and how far the local form is from the exact one."""
 
-    ranks: tuple[int, ...] = (2, 4)
+    ranks: tuple[int, ...] = (2, 4, 8)
     """Numbers of processes."""
 
     steps: int = 2 * CYCLE
     """Steps that are counted, a multiple of ten: factors are exchanged at one in ten."""
 
     training: int = 100
-    """Steps of training that compare the local form with the exact one, on the largest number of processes."""
+    """Steps of training that compare the local form with the exact one, on four processes."""
 
     out: Path = RESULTS
     """Folder of the page."""
@@ -74,10 +77,12 @@ class Sent:
     wire: float
 
 
-def _sgd(model: Any, ranks: Ranks) -> torch.optim.Optimizer:
+def _sgd(model: Any, ranks: Ranks, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+    """``dtype``: of what is sent; with float16 the hook does what torch's ``fp16_compress_hook`` does."""
+
     def hook(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
         done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(ranks.sum(bucket.buffer()) / ranks.size)
+        done.set_result(ranks.sum(bucket.buffer().to(dtype).div_(ranks.size)).to(bucket.buffer().dtype))
         return done
 
     hook.__annotations__.pop("bucket")  # torch looks at it
@@ -85,22 +90,18 @@ def _sgd(model: Any, ranks: Ranks) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.01)
 
 
-def _exact(model: Any, ranks: Ranks) -> torch.optim.Optimizer:
-    optimizer = DDPNOpt(model)
-    optimizer.traffic = ranks.traffic
-    return optimizer
-
-
-def _local(model: Any, ranks: Ranks) -> torch.optim.Optimizer:
-    optimizer = DDPNOpt(model, coupling=Batch(local=True))
+def _ddpnopt(model: Any, ranks: Ranks, coupling: Batch | None = None) -> torch.optim.Optimizer:
+    optimizer = DDPNOpt(model, coupling=coupling or Batch())
     optimizer.traffic = ranks.traffic
     return optimizer
 
 
 METHODS: dict[str, Callable[[Any, Ranks], torch.optim.Optimizer]] = {
     "SGD": _sgd,
-    "DDPNOpt": _exact,
-    "DDPNOpt, `local`": _local,
+    "SGD, half precision": partial(_sgd, dtype=torch.float16),
+    "DDPNOpt": _ddpnopt,
+    "DDPNOpt, `rounded=False`": partial(_ddpnopt, coupling=Batch(rounded=False)),
+    "DDPNOpt, `local=True`": partial(_ddpnopt, coupling=Batch(local=True)),
 }
 
 
@@ -196,7 +197,7 @@ def traffic_rows(given: Arguments) -> list[list[str]]:
 
 def local_rows(given: Arguments) -> list[list[str]]:
     """A row per learning rate."""
-    size, rows = max(given.ranks), []
+    size, rows = TRAINED_ON, []
     for lr in RATES:
         (exact, loss), (local, other) = (on_ranks(size, trained, lr, form, given.training)[0] for form in (False, True))
         apart = float((local - exact).norm() / exact.norm())
@@ -217,17 +218,19 @@ def main(words: Sequence[str] | None = None) -> int:
 Per rank and step, {BATCH} samples per rank, float32, gloo, the model in `DistributedDataParallel`, the default
 curvature; means over {given.steps} steps. *kB sent* is payload as counted in `ddpnopt/ranks.py`, where it is handed to
 torch's collectives, by the ring these run; SGD's is that of the wrapper's own average of the gradients, counted in the
-same way. *Messages* counts every hop of the ring. The last column is what the kernel counted on the loopback, shared
-out over the ranks: headers, acknowledgements and gloo's own words are in it.
+same way, and again with the gradients sent in half precision, as torch's `fp16_compress_hook` does. *Messages* counts
+every hop of the ring. The last column is what the kernel counted on the loopback, shared out over the ranks: headers,
+acknowledgements and gloo's own words are in it.
 
 {traffic}
 
-[distributed.md](../distributed.md) says what is sent, and why the convolution network's exact step moves more than
-twice what SGD's does.
+By default convolutions' per-sample gradients go out in 18 bits, `Batch(rounded=False)` sends them whole: what that
+costs is in [distributed_rounding.md](distributed_rounding.md). The half precision of SGD's gradients is that of its
+update. [distributed.md](../distributed.md) says what is sent.
 
 ## How far `Batch(local=True)` is from the exact step
 
-DIGITS, the paper's dense network of width 32, {max(given.ranks)} ranks, {BATCH} samples each, {given.training} steps,
+DIGITS, the paper's dense network of width 32, {TRAINED_ON} ranks, {BATCH} samples each, {given.training} steps,
 one seed: the distance between the two forms' first updates over the length of the exact one's, and the loss over all
 training samples at the end.
 

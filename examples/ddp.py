@@ -13,7 +13,7 @@ from torch import distributed, nn
 
 from ddpnopt import DDPNOpt
 
-arguments = flags(__doc__, epochs=5)
+arguments = flags(__doc__, epochs=5, batch=16)
 if distributed.is_torchelastic_launched():
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 several = distributed.is_initialized()
@@ -32,7 +32,7 @@ if rank == 0:
     row(0, inner, train, test)
 shuffled = torch.Generator().manual_seed(0)  # the same order on every rank
 for epoch in range(arguments.epochs):
-    for batch in torch.randperm(len(train), generator=shuffled).split(16):
+    for batch in torch.randperm(len(train), generator=shuffled).split(arguments.batch):
         x, y = train[batch.tensor_split(ranks)[rank]]
         optimizer.zero_grad()
         criterion(model(x), y).backward()

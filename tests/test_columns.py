@@ -130,12 +130,14 @@ def test_chunks_do_not_change_the_gram(monkeypatch: pytest.MonkeyPatch, shape: t
 
 
 def test_blocks_do_not_change_a_symmetric_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    root, middle = torch.randn(7, 5), spd(5)
+    root, middle, other = torch.randn(7, 5), spd(5), torch.randn(7, 2)
     whole = root @ middle @ root.T
     for rows in (1, 2, 3, 7, 8):
         monkeypatch.setattr("ddpnopt.columns.base.ROWS", rows)
-        torch.testing.assert_close(symmetric_product(root, root @ middle), whole)
-        torch.testing.assert_close(symmetric_product(root, root, lambda some: some @ middle), whole)
+        torch.testing.assert_close(symmetric_product((root, root @ middle)), whole)
+        torch.testing.assert_close(symmetric_product((root, root), solve=lambda some: some @ middle), whole)
+        both = symmetric_product((root, root @ middle), (other, other))
+        torch.testing.assert_close(both, whole * (other @ other.T))
 
 
 @pytest.mark.parametrize("kind", ["separable", "low rank in", "rotated"])

@@ -307,7 +307,7 @@ def test_single_precision_follows_and_the_batch_algebra_is_in_float64() -> None:
         optimizer = DDPNOpt(case.model, curvature=Identity(), coupling=ANEW)
         backward_then_step(optimizer, case, nn.CrossEntropyLoss())
         assert optimizer._last is not None
-        grams = [figures.args[0] for figures in optimizer._last.figures.values()]  # type: ignore[attr-defined]
+        grams = [figures.args[1] for figures in optimizer._last.figures.values()]  # type: ignore[attr-defined]
         assert [gram.dtype for gram in grams] == [torch.float64] * 3
         found.append([p.detach().double() for p in case.model.parameters()])
     for new, wanted in zip(*found, strict=True):

@@ -74,7 +74,8 @@ def _place(gradient: Tensor) -> tuple[int, int]:
 
 def _entries(gradient: Tensor) -> Tensor:
     flat = gradient.detach().flatten()
-    return flat[:: max(1, len(flat) // ENTRIES)].clone()
+    every = flat.shape[0] // ENTRIES
+    return (flat[::every] if every > 1 else flat).clone()
 
 
 def _remove(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> None:

@@ -1,6 +1,6 @@
 """What a state is where samples share each control, as an option: the values that ``coupling`` takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from .dense import Dense
@@ -36,12 +36,18 @@ class Batch:
     that of the whole batch to first order in ``lr`` only (``docs/results/distributed_bytes.md`` has how far apart).
     In one process it has no effect.
 
+    With ``rounded``, where several ranks share the batch, per-sample gradients in float32 that they send one another
+    for Gram matrices (those of convolutions) go out in 18 bits a number; the update is made from whole ones. A float32
+    step loses more than that anyway (``docs/results/distributed_rounding.md``). ``False`` sends whole numbers; those in
+    float64 always are. In one process, and with ``local``, it has no effect.
+
     Args:
         relinearise: whether to; default ``False``.
         local: whether ranks couple their own samples only; default ``False``.
+        rounded: whether float32 gradients are rounded for Gram matrices; default ``True``.
 
     Raises:
-        TypeError: if ``relinearise`` or ``local`` is not a bool.
+        TypeError: if an argument is not a bool.
         ValueError: by ``DDPNOpt``, if ``stages`` is given as well: what is inside one moves together, before its
             layers' inputs are known.
 
@@ -60,15 +66,18 @@ class Batch:
 
     relinearise: bool = False
     local: bool = False
+    rounded: bool = True
 
     def __post_init__(self) -> None:
-        for name, given in (("relinearise", self.relinearise), ("local", self.local)):
+        for name, given in vars(self).items():
             if not isinstance(given, bool):
                 raise TypeError(f"Batch: {name} must be True or False, got {given!r}")
 
     def __repr__(self) -> str:
-        on = [f"{name}=True" for name in ("relinearise", "local") if getattr(self, name)]
-        return f"Batch({', '.join(on)})"
+        changed = [
+            f"{own.name}={getattr(self, own.name)}" for own in fields(self) if getattr(self, own.name) != own.default
+        ]
+        return f"Batch({', '.join(changed)})"
 
 
 Coupling = Literal["batch", "sample"] | Batch | Dense
@@ -92,3 +101,8 @@ def relinearises(coupling: Coupling) -> bool:
 def is_local(coupling: Coupling) -> bool:
     """Whether each rank couples its own samples only."""
     return isinstance(coupling, Batch) and coupling.local
+
+
+def rounds(coupling: Coupling) -> bool:
+    """Whether ranks round float32 gradients for Gram matrices."""
+    return not isinstance(coupling, Batch) or coupling.rounded

@@ -248,9 +248,7 @@ def sweep(
         gram, d = gram_and_cost(ready, joint=False)
         # Q_u' R^-1 Q_u, then Q_ux' R^-1 Q_u: [1 + n, B], with the stage cost in the right Q_u only
         change = gram[:, :, 0].mT if d is None else gram[:, :, 0].mT + d
-        k_weights = end.weight * torch.eye(len(change), 1).to(change).expand_as(change)
-        decrease = end.weight * change[0].sum() / 2
-        policies[stage] = StagePolicy(DensePolicy(k_weights, decrease, end.weight), tuple(ready), gram)
+        policies[stage] = StagePolicy(DensePolicy(change, end.weight), tuple(ready), gram)
         blocks[stage] = [(block, Q) for block, (_, Q) in zip(layer.blocks, columns, strict=True)]
         visit = visits[layer.module]
         unit: list[Tensor | None] = [None] * len(visit.inputs) if first else [_unit_columns(x)]

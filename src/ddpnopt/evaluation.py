@@ -67,12 +67,12 @@ def evaluate(
             backward pass.
     """
     if closure is None:
-        return Evaluated(None, recorder.take() if recorder else [], _own(parameters))
+        return Evaluated(None, recorder.take() if recorder else [], _own(parameters, recorder))
     if recorder is None:
         with torch.enable_grad():
             loss = closure()
         _check_number(loss)
-        gradients = _own(parameters)
+        gradients = _own(parameters, None)
         if not gradients and isinstance(loss, Tensor) and loss.requires_grad:
             gradients = _differentiated(loss, [], parameters, retain_graph=False)
         return Evaluated(loss, [], gradients)
@@ -82,12 +82,17 @@ def evaluate(
     earlier = recorder.take()
     fresh = [p for p in kept if not p.reached and p.edges]
     if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
-        return Evaluated(loss, earlier, _own(parameters))
+        return Evaluated(loss, earlier, _own(parameters, recorder))
+    if recorder.shards:
+        raise StepError(
+            "the model is sharded (fully_shard), and the closure left the backward pass to step(): call "
+            "loss.backward() in the closure"
+        )
     wanted = parameters if every else _not_in_columns(network, fresh)
     with recorder.muted(collecting=True):
         gradients = _differentiated(loss, fresh, wanted, retain_graph=keep_graph)
     if earlier:
-        for parameter, gradient in _own(parameters).items():
+        for parameter, gradient in _own(parameters, recorder).items():
             gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
     return Evaluated(loss, [*earlier, *fresh], gradients, loss if keep_graph else None)
 
@@ -127,8 +132,8 @@ def check_evaluated(found: Evaluated, network: Network | None, *, empty: bool = 
         )
 
 
-def _own(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    return _dense({p: p.grad for p in parameters})
+def _own(parameters: Sequence[nn.Parameter], recorder: Recorder | None) -> dict[nn.Parameter, Tensor]:
+    return _dense(recorder.gradients(parameters) if recorder else {p: p.grad for p in parameters})
 
 
 def _dense(gradients: Mapping[nn.Parameter, Tensor | None]) -> dict[nn.Parameter, Tensor]:

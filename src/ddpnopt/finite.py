@@ -1,5 +1,6 @@
 """Numbers that are not finite: whether there are any, and, once a step has failed of them, where they came from."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,10 +20,11 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _finite_norms(tensors: list[Tensor]) -> bool:
-    """Whether all Euclidean norms are: then all entries are; squares of large ones may overflow."""
+    """Whether the sum of all Euclidean norms is: then all entries are; squares of large ones may overflow."""
     # torch's maximum norm takes far longer on a CPU
     norms = torch._foreach_norm(tensors)
-    return bool(torch.isfinite(torch.stack([norm.double() for norm in norms])).all())
+    alike = all(norm.dtype == norms[0].dtype for norm in norms)
+    return math.isfinite(float(torch.stack(norms if alike else [norm.double() for norm in norms]).sum()))
 
 
 def first_not_finite(model: nn.Module, passes: Sequence[Pass]) -> str | None:

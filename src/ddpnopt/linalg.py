@@ -4,6 +4,7 @@ Every function walks the same ladder and reports how far it had to go: as it is,
 diagonal, in float64, and last (the caller's part) the last good factor.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,8 +31,8 @@ def cholesky(matrix: Tensor) -> tuple[Tensor | None, int]:
             if jitter:
                 tried.diagonal().add_(jitter * tried.diagonal().mean().clamp_min(torch.finfo(dtype).tiny))
             factor, info = torch.linalg.cholesky_ex(tried)
-            # a pivot that is not finite makes all after it, and the last one, not finite
-            if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
+            # pivots are positive: their sum is finite if all of them are
+            if int(info) == 0 and math.isfinite(float(factor.diagonal().sum())):
                 return factor, failures
             failures += 1
     return None, failures

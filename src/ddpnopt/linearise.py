@@ -14,7 +14,7 @@ from .conditions import redrawn
 from .errors import StepError
 from .layers import Call
 from .network import Layer
-from .passes import Pass, Run
+from .passes import Pass, Run, fronted, wide
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
@@ -33,8 +33,8 @@ class Linearised:
 
     def unscaled(self, cotangent: Tensor, dim: int = 0) -> Tensor:
         """Columns ``[R, B, ...]``, at least in float32, but for ``scale``; ``dim`` as in :meth:`columns`."""
-        cotangent = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
-        return cotangent.movedim(1 + dim, 1) if self.scale is None else cotangent.movedim(dim, 0)[None]
+        cotangent = wide(cotangent)
+        return fronted(cotangent, 1 + dim, 1) if self.scale is None else fronted(cotangent, dim)[None]
 
     def columns(self, cotangent: Tensor, dim: int = 0) -> Tensor:
         """Columns ``[R, B, ...]``, at least in float32; ``dim``: which dimension of one column is the batch."""
@@ -114,7 +114,7 @@ def linearise(
         with recorder.muted(), torch.enable_grad():
             scales = [_scale(p, terminal, loss, share(p)) for p in passes]
         linearised = [Linearised(p, scale * (per_weight / loss_scale)) for p, scale in zip(passes, scales, strict=True)]
-        return linearised, TerminalValue(1 / torch.cat(scales)[None], 1, weight)
+        return linearised, TerminalValue(torch.cat(scales)[None].reciprocal(), 1, weight)
     assert isinstance(terminal, Factored)
     pulled = [_pulled(p, terminal, recorder, loss, (step, before), share(p)) for p in passes]
     count, root = pulled[0][1], 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
@@ -238,12 +238,16 @@ def _pulled(
 
 def inner_products(columns: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """``<P_rb, new_b - old_b>``, ``[R, B]``, for columns ``[R, B, ...]``; some samples at a time, within the cache."""
-    samples = max(1, CHUNK // max(1, columns[:, :1].numel()))
-    parts = [
-        torch.linalg.vecdot(P[..., None].flatten(2), (x - before).to(P.dtype)[..., None].flatten(1))
-        for P, x, before in zip(columns.split(samples, 1), new.split(samples), old.split(samples), strict=True)
-    ]
-    return torch.cat(parts, 1)
+    samples = max(1, CHUNK * columns.shape[1] // max(1, columns.numel()))
+    if samples >= columns.shape[1]:
+        return _inner_products(columns, new - old)
+    parts = zip(columns.split(samples, 1), new.split(samples), old.split(samples), strict=True)
+    return torch.cat([_inner_products(P, x - before) for P, x, before in parts], 1)
+
+
+def _inner_products(columns: Tensor, dx: Tensor) -> Tensor:
+    products = columns * dx.to(columns.dtype)
+    return products if products.ndim == 2 else products.sum(tuple(range(2, products.ndim)))
 
 
 def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:

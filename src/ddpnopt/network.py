@@ -18,6 +18,8 @@ TIED = "shared by several modules: the columns of all uses add up"
 SHARED = "shared by several modules, not all of which are read: one update from the whole batch's gradient"
 BARE = "not a module's: one update from the whole batch's gradient"
 
+Held = Mapping[nn.Parameter, Tensor]
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -79,6 +81,7 @@ def read_network(
     group_of: Mapping[nn.Parameter, int],
     stages: Sequence[str | nn.Module] | None,
     refused: Mapping[str, str],
+    held: Held,
 ) -> Network:
     """Read layers, stages and loose parameters off a model.
 
@@ -87,6 +90,7 @@ def read_network(
         group_of: parameter group of each parameter to train; one block never spans two groups.
         stages: modules (or their names) whose input is the whole state; ``None``: every layer is a stage.
         refused: names of layers and tied parameters whose columns could not be had, with the reason; they are loose.
+        held: of the blocks.
 
     Raises:
         ValueError: if ``stages`` names a module that does not exist, or one inside another.
@@ -105,27 +109,29 @@ def read_network(
         for parameter_name in [n for n, p in own.items() if owners_of[p] > 1]:
             shared.setdefault(own.pop(parameter_name), {})[module] = name, parameter_name
         if reason := refused.get(name) or rule.refuses(module):
-            loose += [_loose(_join(name, n), p, reason) for n, p in own.items()]
+            loose += [_loose(_join(name, n), p, reason, held) for n, p in own.items()]
         elif module._parameters:
-            layers.append(_layer(name, module, own, group_of))
+            layers.append(_layer(name, module, own, group_of, held))
     tied = []
     for parameter, by_owner in shared.items():
-        owners = [_owner(layer, *by_owner[layer.module], parameter) for layer in layers if layer.module in by_owner]
+        owners = [
+            _owner(layer, *by_owner[layer.module], parameter, held) for layer in layers if layer.module in by_owner
+        ]
         full_name = _join(*next(iter(by_owner.values())))
         if full_name in refused:
-            loose.append(_loose(full_name, parameter, refused[full_name]))
+            loose.append(_loose(full_name, parameter, refused[full_name], held))
         elif len(owners) == owners_of[parameter]:
             tied.append(Tied(full_name, owners[0].blocks[0], tuple(owners)))
         else:
-            loose.append(_loose(full_name, parameter, SHARED))
+            loose.append(_loose(full_name, parameter, SHARED, held))
     own_or_tied = {layer.module for layer in layers if layer.blocks} | {o.module for t in tied for o in t.owners}
     layers = [layer for layer in layers if layer.module in own_or_tied]
-    loose += [_loose(f"parameter {i}", p, BARE) for i, p in enumerate(group_of) if p not in placed]
+    loose += [_loose(f"parameter {i}", p, BARE, held) for i, p in enumerate(group_of) if p not in placed]
     return Network(tuple(layers), _stages(model, layers, stages), tuple(tied), tuple(loose))
 
 
-def _owner(layer: Layer, name: str, parameter_name: str, parameter: nn.Parameter) -> Layer:
-    return Layer(name, layer.module, layer.rule, (Block((parameter_name,), (parameter,)),))
+def _owner(layer: Layer, name: str, parameter_name: str, parameter: nn.Parameter, held: Held) -> Layer:
+    return Layer(name, layer.module, layer.rule, (Block((parameter_name,), (parameter,), held),))
 
 
 def is_chain(model: nn.Module) -> bool:
@@ -154,19 +160,19 @@ def _join(module: str, parameter: str) -> str:
     return f"{module}.{parameter}" if module else parameter
 
 
-def _loose(name: str, parameter: nn.Parameter, why: str) -> Loose:
-    return Loose(name, Block(("",), (parameter,)), why)
+def _loose(name: str, parameter: nn.Parameter, why: str, held: Held) -> Loose:
+    return Loose(name, Block(("",), (parameter,), held), why)
 
 
 def _layer(
-    name: str, module: nn.Module, own: Mapping[str, nn.Parameter], group_of: Mapping[nn.Parameter, int]
+    name: str, module: nn.Module, own: Mapping[str, nn.Parameter], group_of: Mapping[nn.Parameter, int], held: Held
 ) -> Layer:
     rule = rule_for(module)
     blocks = []
     for names in rule.blocks(module, list(own)) if own else ():
         groups = {group_of[own[n]] for n in names}
         for together in [names] if len(groups) == 1 else [(n,) for n in names]:
-            blocks.append(Block(together, tuple(own[n] for n in together)))
+            blocks.append(Block(together, tuple(own[n] for n in together), held))
     return Layer(name, module, rule, tuple(blocks))
 
 

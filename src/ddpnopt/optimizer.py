@@ -27,6 +27,7 @@ from .options import (
     check_numbers,
     check_options,
     check_several,
+    check_sharded,
     check_stages,
     named,
 )
@@ -34,6 +35,7 @@ from .persistence import loading, saving, with_numbers
 from .ranks import Ranks, Traffic, find_ranks
 from .report import Report, describe
 from .scaling import found_scale, told_scale
+from .sharded import Shards, gathered
 from .steps import closed_loop, open_loop, settle
 from .task import Outcome, Task
 from .terminal import Gradient, Terminal
@@ -52,9 +54,9 @@ class DDPNOpt(torch.optim.Optimizer):
     step at every learning rate.
 
     Args:
-        model_or_params: the module to train (all its parameters that require a gradient, one group), bare or in a
-            ``DistributedDataParallel``; or parameters or groups as for any ``torch.optim.Optimizer``: parameters
-            without their module get the curvature's step alone.
+        model_or_params: the module to train (all its parameters that require a gradient, one group), bare, in a
+            ``DistributedDataParallel`` or sharded by ``fully_shard``; or parameters or groups as for any
+            ``torch.optim.Optimizer``: parameters without their module get the curvature's step alone.
         lr: step size ``eta`` of ``R = M / eta + ...``; default 0.1.
         curvature: ``Kronecker()`` (default), ``EigenKronecker()``, ``Adaptive()`` or ``Identity()``.
         terminal: ``Gradient()`` (default), or ``Matched``, ``Exact``, ``Sampled`` with the loss module.
@@ -76,13 +78,13 @@ class DDPNOpt(torch.optim.Optimizer):
             ``"skip"``: leave it out and count it in :meth:`diagnostics`. What the forward pass itself has changed
             (running statistics, random generators) stays, as after any forward pass.
         process_group: of ``torch.distributed``, whose ranks share the batch: the step is that of all their samples
-            (``docs/distributed.md``). Default: the wrapper's, else the default group where there is one, as for a
-            copy or an unpickled optimizer, since groups are neither copied nor pickled.
+            (``docs/distributed.md``). Default: the wrapper's or the shards', else the default group where there is
+            one, as for a copy or an unpickled optimizer, since groups are neither copied nor pickled.
 
     Raises:
         ValueError: if a number is out of range, ``coupling`` or ``on_nonfinite`` is unknown, ``coupling`` is
             ``Dense`` on a model that is no chain, ``stages`` names no module or does not go with ``coupling``, or a
-            parameter is complex.
+            parameter is complex or sharded in a way that does not go.
         TypeError: if ``curvature`` or ``terminal`` is not one, or ``feedback`` is not a bool.
 
     Example:
@@ -132,6 +134,10 @@ class DDPNOpt(torch.optim.Optimizer):
             model_or_params = plain(inner)
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
         self._group = wrapper.process_group if process_group is None and wrapper is not None else process_group
+        self._shards = Shards(self.model, every=self._is_base)
+        self._group = self._shards.group(self._group)
+        if self._shards:
+            check_sharded(base=self._is_base, columns=self.curvature.needs_columns)
         if isinstance(coupling, Dense):
             check_chain(model_or_params)
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
@@ -152,7 +158,7 @@ class DDPNOpt(torch.optim.Optimizer):
         check_numbers({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
-            check_group(self.param_groups[-1], self.model)
+            check_group(self.param_groups[-1], self.model, self._shards)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -166,6 +172,7 @@ class DDPNOpt(torch.optim.Optimizer):
     def report(self) -> Report:
         """Which layer is read by which rule, why, and at what cost, before any training; prints as a table."""
         self._refresh_network()
+        self._shards.reshard()
         owned = self.model.named_parameters() if self.model is not None else ()
         frozen = {name: p for name, p in owned if p not in self._group_of}
         names = {parameter: name for name, parameter in self._names.items()}
@@ -255,7 +262,7 @@ class DDPNOpt(torch.optim.Optimizer):
                     check_several(accord.ranks.size, self.coupling)
                 if bool(getattr(self, "found_inf", False)):  # a GradScaler's word
                     raise ScalerError("the GradScaler has found a gradient that is not finite")
-                scale = told_scale(self, closure)
+                scale = told_scale(self, closure, sharded=bool(self._shards))
                 found = self._evaluate(closure)
                 loss = found.loss
                 outcome = self._solve(found, scale, accord)
@@ -282,21 +289,24 @@ class DDPNOpt(torch.optim.Optimizer):
         gradients = found.unscaled(1.0 if scale is None else scale)
         # after unscale_ the scale is found together with a clip; on several ranks .grad is of a rank's own samples
         clip = 1.0 if scale is None or accord.several else self._clip()
-        with Transaction(self._names, self.model, found.passes, gradients, self._room) as transaction:
+        with Transaction(self._names, self.model, found.passes, gradients, self._room, self._shards) as transaction:
             empty = accord.several and self._recorder is not None and found.empty(self._recorder)
             check_evaluated(found, network, empty=empty)
             passes = [p for p in found.passes if p.batch or not accord.several]
             accord.count(sum(p.batch for p in passes))
-            task = Task(
-                self._network, self.param_groups, self._group_of, self.state, self.curvature, self.terminal,
-                self.coupling, self.feedback, self._recorder, passes, {} if empty else gradients, found.graph,
-                scale or 1.0, clip, self._steps, accord,
-            )  # fmt: skip
-            if scale is None and self._recorder is not None:
-                task = replace(task, loss_scale=found_scale(task))
-            outcome = open_loop(task) if self._is_base else closed_loop(task)
-            transaction.check(outcome.states, self.state)
-            settle(task, outcome)
+            with self._shards.whole():
+                states = {p: gathered(state, accord.ranks) for p, state in self.state.items()}
+                task = Task(
+                    self._network, self.param_groups, self._group_of, states, self.curvature, self.terminal,
+                    self.coupling, self.feedback, self._recorder, passes, {} if empty else gradients, found.graph,
+                    scale or 1.0, clip, self._steps, accord,
+                )  # fmt: skip
+                if scale is None and self._recorder is not None:
+                    task = replace(task, loss_scale=found_scale(task))
+                outcome = open_loop(task) if self._is_base else closed_loop(task)
+                transaction.check(outcome.states, states)
+                settle(task, outcome)
+                self._shards.keep()
         return outcome
 
     def _find_ranks(self) -> Ranks:
@@ -319,7 +329,8 @@ class DDPNOpt(torch.optim.Optimizer):
         """Keep what a step leaves; its weights have moved already."""
         sizes = {block.parameters[0]: len(block.parameters) for block in self._network.blocks()}
         for parameter, state in outcome.states.items():
-            self.state[parameter] = {**state, "parameters": sizes[parameter]}
+            own = {**state, "parameters": sizes[parameter]}
+            self.state[parameter] = self._shards.cut(own)
         self._steps += 1
         self._failures += outcome.failures
         self._last = outcome
@@ -343,7 +354,7 @@ class DDPNOpt(torch.optim.Optimizer):
             reads = not self._is_base or self.curvature.needs_columns
             self._recorder = Recorder(
                 self.model, [*layers, *outputs], stages, self.terminal.criterion,
-                whole_state=whole, local_gradients=reads,
+                whole_state=whole, local_gradients=reads, shards=self._shards,
             )  # fmt: skip
             weakref.finalize(self, self._recorder.close)
 
@@ -353,11 +364,12 @@ class DDPNOpt(torch.optim.Optimizer):
         if (signature := (groups, *self._refused)) == self._signature:
             return
         self._signature = signature
+        self._shards.reshard()
         self._group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad}
-        self._network: Network = read_network(self.model, self._group_of, self.stages, self._refused)
+        self._network: Network = read_network(self.model, self._group_of, self.stages, self._refused, self._shards.held)
         self._names = named(self._group_of, self.param_groups, self.model)
         self._room: list[torch.Tensor] = []
-        if self.model is not None and not self._is_base:
+        if self.model is not None and not self._is_base and not self._shards:
             self._witness.close() if self._witness is not None else None
             self._witness = Witness(self._group_of)
 
@@ -378,7 +390,8 @@ class DDPNOpt(torch.optim.Optimizer):
         state_dict = with_numbers(state_dict)
         names = {parameter: name for name, parameter in self._names.items()}
         blocks = {names[block.parameters[0]]: block for block in self._network.blocks()}
-        with loading(self, type(self.curvature).__name__, blocks) as loaded:
+        mesh = self._shards.mesh if self._shards else None
+        with loading(self, type(self.curvature).__name__, blocks, mesh) as loaded:
             super().load_state_dict(state_dict)
         self._steps, self._skipped = loaded.get("steps", 0), loaded.get("skipped_steps", 0)
         self._refused = dict(loaded.get("refused", {}))
@@ -392,5 +405,5 @@ class DDPNOpt(torch.optim.Optimizer):
         super().__setstate__(state)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
-            self._group, self.traffic = None, Traffic()
+            self._group, self.traffic, self._shards = None, Traffic(), Shards(self.model, every=self._is_base)
             self._connect()

@@ -1,7 +1,6 @@
 """What the optimizer accepts; each refusal names the value and says what to give instead."""
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from .coupling import Batch, Coupling, relinearises
 from .curvature import Curvature
 from .dense import Dense, chain_of
 from .errors import StepError
+from .sharded import ALONE, LAYER, Shards, is_piece
 from .terminal import Terminal
 
 OnNonfinite = Literal["raise", "skip"]
@@ -31,18 +31,18 @@ def check_numbers(group: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid {name}: {given!r}; give {wanted}")
 
 
-def check_group(group: Mapping[str, Any], model: nn.Module | None) -> None:
+def check_group(group: Mapping[str, Any], model: nn.Module | None, shards: Shards) -> None:
     """Raise ``ValueError`` where a group asks for what there is not: to maximise, complex or sharded parameters."""
     if group.get("maximize"):
         raise ValueError("maximize: there is no such option; call backward on the negative of the objective")
-    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # not imported: there are none
     for name, parameter in named(group["params"], [group], model).items():
-        if isinstance(parameter, sharded):
-            raise ValueError(
-                f"{name} is sharded over ranks (a DTensor, from fully_shard or a parallelize plan), and a layer's "
-                "policy needs all of the layer: keep the model whole on every rank, in DistributedDataParallel or in a "
-                "plain process group, whose ranks share the batch"
+        if is_piece(parameter) and parameter not in shards:
+            way = (
+                "give the optimizer the module itself"
+                if model is None
+                else f"shard it by fully_shard alone, or {ALONE}, whose ranks share the batch"
             )
+            raise ValueError(f"{name} is sharded over ranks (a DTensor), {LAYER}: {way}")
         if parameter.is_complex() or parameter.layout is not torch.strided:
             raise ValueError(
                 f"{name} of shape {tuple(parameter.shape)} is "
@@ -81,6 +81,15 @@ def check_several(ranks: int, coupling: Coupling) -> None:
         raise StepError(
             f"this process group has {ranks} ranks, and coupling={coupling!r} works in one process only: use "
             "coupling='batch' or coupling='sample', which are exact over the samples of all ranks"
+        )
+
+
+def check_sharded(*, base: bool, columns: bool) -> None:
+    """Raise ``ValueError`` where a sharded model's step would read nothing but ``.grad``."""
+    if base and not columns:
+        raise ValueError(
+            "coupling='sample' with feedback=False and this curvature is torch.optim.SGD or torch.optim.RMSprop: on a "
+            "sharded model (fully_shard) use these"
         )
 
 

@@ -197,10 +197,35 @@ class Pass:
         return [self.cotangents, *(holder.cotangents for holder in holders)]
 
 
+def leaves(tree: Any) -> list[Any]:
+    """What nested tuples, lists and dictionaries hold, in order: ``pytree.tree_leaves``, many times faster on them."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return [leaf for part in tree for leaf in leaves(part)]
+    if kind is dict:
+        return [leaf for part in tree.values() for leaf in leaves(part)]
+    found: list[Any] = pytree.tree_leaves(tree)
+    return found
+
+
 def versions(tree: Any) -> list[int]:
     """How often each tensor in a nested structure has been written into; -1 where torch does not count."""
-    tensors = (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+    tensors = (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor, at least in float32."""
+    if tensor.dtype is torch.float32 or tensor.dtype is torch.float64:
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def fronted(tensor: Tensor, dim: int, to: int = 0) -> Tensor:
+    """The tensor with dimension ``dim`` moved to place ``to``."""
+    return tensor if dim == to else tensor.movedim(dim, to)
 
 
 def signed_sum(cotangents: Sequence[Tensor | None], terms: Sequence[tuple[int, int]]) -> Tensor | None:
@@ -215,10 +240,8 @@ def signed_sum(cotangents: Sequence[Tensor | None], terms: Sequence[tuple[int, i
 
 def floating(tree: Any) -> list[Tensor]:
     """The floating-point tensors in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(tree, Tensor):
-        return [tree] if tree.is_floating_point() else []
     found: list[Tensor] = []
-    for leaf in pytree.tree_leaves(tree):
+    for leaf in leaves(tree):
         if isinstance(leaf, Tensor):
             found += [leaf] if leaf.is_floating_point() else []
         elif isinstance(leaf, Mapping):
@@ -244,4 +267,10 @@ def detached(tree: Any) -> Any:
                 object.__setattr__(leaf, name, detached(getattr(leaf, name)))
         return leaf
 
+    if isinstance(tree, Tensor):
+        return tree.detach()
+    if type(tree) is tuple:
+        return tuple(map(detached, tree))
+    if type(tree) is dict and not tree:  # no named arguments, as most calls
+        return {}
     return pytree.tree_map(alone, tree)

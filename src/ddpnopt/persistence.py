@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .layers import Block
+from .sharded import piece_of
 
 StateDict = dict[str, Any]
 
@@ -27,13 +28,16 @@ def saving(optimizer: torch.optim.Optimizer, own: StateDict) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loading(optimizer: torch.optim.Optimizer, curvature: str, blocks: Mapping[str, Block]) -> Iterator[StateDict]:
+def loading(
+    optimizer: torch.optim.Optimizer, curvature: str, blocks: Mapping[str, Block], mesh: Any
+) -> Iterator[StateDict]:
     """Check the state that is loaded inside before anything is changed; gives what was loaded, once it is.
 
     Args:
         optimizer: that loads.
         curvature: its curvature's name.
         blocks: by the name of their first parameter.
+        mesh: of the ranks over which parameters are sharded, and their state with them; ``None``: they are not.
 
     Raises:
         ValueError: if the state is of another curvature, or does not fit (see :func:`check_fits`).
@@ -47,7 +51,7 @@ def loading(optimizer: torch.optim.Optimizer, curvature: str, blocks: Mapping[st
         final.update(given)
 
     def finish(_: torch.optim.Optimizer) -> None:
-        keep_precision(final, optimizer.param_groups, optimizer.state)
+        keep_precision(final, optimizer.param_groups, optimizer.state, mesh)
 
     handles = [
         optimizer.register_load_state_dict_pre_hook(check),
@@ -94,7 +98,9 @@ def check_fits(state_dict: StateDict, groups: Iterable[Mapping[str, Any]], block
                 )
 
 
-def keep_precision(state_dict: StateDict, groups: Iterable[Mapping[str, Any]], state: dict[Any, Any]) -> None:
+def keep_precision(
+    state_dict: StateDict, groups: Iterable[Mapping[str, Any]], state: dict[Any, Any], mesh: Any
+) -> None:
     """Put saved tensors into ``state`` in the precision they were saved with.
 
     torch casts a parameter's state to the parameter's type; curvature of half-precision weights is in float32.
@@ -103,7 +109,8 @@ def keep_precision(state_dict: StateDict, groups: Iterable[Mapping[str, Any]], s
     own = chain.from_iterable(group["params"] for group in groups)
     for key, parameter in zip(saved, own, strict=True):
         for name, value in state_dict["state"].get(key, {}).items():
-            kept = value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
+            own = value if mesh is None else piece_of(value, mesh)
+            kept = own.detach().clone().to(parameter.device) if isinstance(own, Tensor) else own
             state[parameter][name] = kept
 
 

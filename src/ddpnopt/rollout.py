@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .columns import Columns
 from .layers import Block
 from .linearise import Linearised, columns_of_runs
 from .network import Layer, Stage, matrix_of
-from .passes import Pass, Place, floating, signed_sum
+from .passes import Pass, Place, floating, fronted, signed_sum
 from .state import Boundary
 from .trajectory import Recorder
 
@@ -103,8 +104,10 @@ def forward_pass(
             if module in left:
                 stage = left.pop(module)
                 policy = policies[stage]
-                with torch.autocast(device, enabled=False):  # it is for the model: steps keep their precision
-                    inputs = [x.movedim(dim, 0) for x, dim in recorder.state(module, (args, kwargs))]
+                # autocast is for the model: steps keep their precision
+                casting = torch.is_autocast_enabled(device)
+                with torch.autocast(device, enabled=False) if casting else nullcontext():
+                    inputs = [fronted(x, dim) for x, dim in recorder.state(module, (args, kwargs))]
                     r = gather(stage, deviation.at(stage, inputs))
                     if meet is not None and r is not None:
                         policy = meet(stage, args, kwargs)
@@ -143,7 +146,7 @@ class _Deviation:
             self._missing.subtract(live.stages)
             cotangent = signed_sum(self._state.cotangents, live.terms)
             if cotangent is not None:
-                new, old = (x.movedim(live.dim, 0) for x in (tensors[index], live.value))
+                new, old = (fronted(x, live.dim) for x in (tensors[index], live.value))
                 r = self._linearised.projected(cotangent, new, old, live.dim)
                 for stage in live.stages:
                     self._add(stage, r)
@@ -153,7 +156,7 @@ class _Deviation:
         self._moved.update(p for block in blocks for p in block.parameters)
         for stage, pairs in later.items():
             for block, columns in pairs:
-                change = matrix_of(block, block.parameters) - before[block]
+                change = matrix_of(block, block.tensors) - before[block]
                 self._add(stage, columns.directional(change))
 
     def at(self, stage: Stage, inputs: list[Tensor]) -> Tensor | None:
@@ -188,4 +191,4 @@ class _Deviation:
 
 def _controls(later: Later) -> dict[Block, Tensor]:
     blocks = {block for pairs in later.values() for block, _ in pairs}
-    return {block: matrix_of(block, block.parameters).clone() for block in blocks}
+    return {block: matrix_of(block, block.tensors).clone() for block in blocks}

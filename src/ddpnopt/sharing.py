@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .accord import Accord
 from .columns import Columns, ScaledColumns, SpreadColumns, over_batches, spreads
-from .columns.parcel import Label, as_bytes, put_together, taken_apart
+from .columns.parcel import Label, as_bytes, dtype_named, put_together, taken_apart
 from .errors import NonFiniteError, StepError
 from .finite import all_finite
 from .layers import Block
@@ -39,7 +40,9 @@ class Shared:
     whole: bool
 
 
-def share(accord: Accord, network: Network, own: Shared, reduction: Reduction, *, local: bool = False) -> Shared:
+def share(
+    accord: Accord, network: Network, own: Shared, reduction: Reduction, *, local: bool = False, rounded: bool = True
+) -> Shared:
     """The same of all ranks: columns side by side in the order of ranks, gradients as of the whole batch's loss.
 
     Args:
@@ -48,6 +51,7 @@ def share(accord: Accord, network: Network, own: Shared, reduction: Reduction, *
         own: what this rank found; nothing, if it has no samples.
         reduction: of the loss.
         local: whether all columns stay where they are, as :class:`SpreadColumns`, whatever that costs later.
+        rounded: whether columns that stay are rounded for their Gram matrix.
 
     Raises:
         NonFiniteError: if this rank's columns are not finite, so that nobody gets them.
@@ -73,7 +77,8 @@ def share(accord: Accord, network: Network, own: Shared, reduction: Reduction, *
     check_alike(plans, filled, network)
     first, counts, device = plans[filled[0]], accord.counts, blocks[0].parameters[0].device
     labels = [[Label.read(told) for _, _, told in plan["moves"]] for plan in plans]
-    stays = [local or (x.form == "dense" and spreads(x.shapes[0], counts)) for x in labels[filled[0]]]
+    spread = partial(spreads, counts=counts, rounded=rounded)
+    stays = [local or (x.form == "dense" and spread(x.shapes[0], dtype_named(x.dtypes[0]))) for x in labels[filled[0]]]
     moving = [[label for label, stay in zip(of, stays, strict=False) if not stay] for of in labels]
     sent = [a, *(tensor for (*_, parts), stay in zip(parcels, stays, strict=False) if not stay for tensor in parts)]
     count, curved = first["end"] or (0, 0)
@@ -92,7 +97,7 @@ def share(accord: Accord, network: Network, own: Shared, reduction: Reduction, *
         if stay:
             held = own.found[k][2] if own.found else labels[filled[0]][k].nothing(device)
             plain = held.plain() if isinstance(held, ScaledColumns) else held
-            columns: Columns = SpreadColumns(plain, accord.ranks, tuple(counts))
+            columns: Columns = SpreadColumns(plain, accord.ranks, tuple(counts), rounded)
         else:
             columns = over_batches(next(arrived))
         found.append((at, blocks[i], columns))

@@ -1,7 +1,7 @@
 """Following one forward pass past its modules' boundaries and its stages' cuts, to the states at these."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,10 +39,11 @@ class Tracer:
 
     Args:
         overwritten: places whose values are written into later, so that copies are kept.
+        pieces: gives the parameters that the optimizer knows by those that modules and the graph have in their place.
     """
 
-    def __init__(self, overwritten: Collection[Place]):
-        self._overwritten = overwritten
+    def __init__(self, overwritten: Collection[Place], pieces: Callable[[], Mapping[Any, Any]]):
+        self._overwritten, self._pieces = overwritten, pieces
         self._first = next_number()
         self._boundaries = Boundaries()
         self._count = 0
@@ -53,6 +54,7 @@ class Tracer:
         self._open: list[list[nn.Module]] = []
         self._starts: dict[nn.Module, list[int]] = {}
         self._spans: list[tuple[int, int]] = []
+        self._known_as: Mapping[Any, Any] = {}
 
     def passed(self, module: nn.Module, tensors: Sequence[tuple[int, Tensor, int]], *, leaving: bool) -> None:
         """A module's entry or exit, with the tensors there that have a batch dimension: which, what, and where."""
@@ -87,9 +89,13 @@ class Tracer:
         if graph is None:
             state.lost = dict.fromkeys(self._cuts, "autograd's nodes are not numbered in the order of execution")
             return state, taps
+        self._known_as = self._pieces()
+        graph.leaves = {self._known_as.get(leaf, leaf): numbers for leaf, numbers in graph.leaves.items()}
         found = states_at(graph, cuts, {key: count for key, (count, _) in self._known.items()}, hooked=self._hooked)
         state.lost = {cuts[t].stage: why for t, why in found.lost.items()}
-        state.behind = {cuts[t].stage: leaves for t, leaves in found.behind.items()}
+        state.behind = {
+            cuts[t].stage: {self._known_as.get(leaf, leaf) for leaf in leaves} for t, leaves in found.behind.items()
+        }
         self._find_later(state, graph, runs)
         self._find_strays(graph, runs)
         for (key, part), at in found.live.items():
@@ -101,6 +107,9 @@ class Tracer:
         state.cotangents = [None] * taps.count
         return state, taps
 
+    def _own(self, layer: nn.Module) -> list[Any]:
+        return [self._known_as.get(p, p) for p in layer._parameters.values()]
+
     def _find_later(self, state: State, graph: Graph, runs: Sequence[Run]) -> None:
         """What runs after a cut of layers that moved before it: their change is part of the state too."""
         runs_of: dict[nn.Module, list[int]] = defaultdict(list)
@@ -110,12 +119,12 @@ class Tracer:
         several = [layer for layer, places in runs_of.items() if len(places) > 1]
         owners: dict[Any, list[nn.Module]] = defaultdict(list)
         for layer in runs_of:
-            for p in layer._parameters.values():
+            for p in self._own(layer):
                 owners[p].append(layer)
         moves = {  # when a parameter of several layers moves: at the first of their cuts
             p: min(order.get(layer, len(order)) for layer in own) for p, own in owners.items() if len(own) > 1
         }
-        sharing = [layer for layer in runs_of if not moves.keys().isdisjoint(layer._parameters.values())]
+        sharing = [layer for layer in runs_of if not moves.keys().isdisjoint(self._own(layer))]
         for t, (stage, cut) in enumerate(self._cuts.items()):
             later: dict[int, frozenset[Any] | None] = {}
             for layer in dict.fromkeys([*several, *sharing, *self._open[t]]):
@@ -123,7 +132,7 @@ class Tracer:
                 if not after:
                     continue
                 if order.get(layer, t) >= t:  # it has not moved, but what it shares may have
-                    moved = frozenset(p for p in layer._parameters.values() if moves.get(p, t) < t)
+                    moved = frozenset(p for p in self._own(layer) if moves.get(p, t) < t)
                     later |= dict.fromkeys(after, moved) if moved else {}
                     continue
                 later |= dict.fromkeys(after)
@@ -141,18 +150,18 @@ class Tracer:
         """Mark the runs of layers that own a parameter which was used outside the runs of all its owners."""
         spans: dict[Any, list[tuple[int, int]]] = defaultdict(list)
         for run, span in zip(runs, self._spans, strict=True):
-            for p in run.layer._parameters.values():
+            for p in self._own(run.layer):
                 spans[p].append(span)
         strays = {
             p for p, own in spans.items() if not all(any(a <= n < b for a, b in own) for n in graph.leaves.get(p, ()))
         }
         for run in runs:
-            run.stray = not strays.isdisjoint(run.layer._parameters.values())
+            run.stray = not strays.isdisjoint(self._own(run.layer))
 
     def _used_after(self, cut: Cut, layer: nn.Module, span: tuple[int, int], graph: Graph) -> frozenset[Any] | None:
         """The own parameters of a layer, running at the cut, that it uses after; ``None`` if one is used before too."""
         start, end = span
-        uses = {p: [n for n in graph.leaves.get(p, ()) if start <= n < end] for p in layer._parameters.values()}
+        uses = {p: [n for n in graph.leaves.get(p, ()) if start <= n < end] for p in self._own(layer)}
         after = frozenset(p for p, numbers in uses.items() if any(n >= cut.number for n in numbers))
         return None if any(n < cut.number for p in after for n in uses[p]) else after
 

@@ -13,21 +13,21 @@ from torch import Tensor
 
 from .bellman import BlockPolicy, BlockTerms, StagePolicy, backward_pass, size
 from .columns import Columns, DenseColumns, SpreadColumns
-from .coupling import Coupling, is_joint, is_local, relinearises
+from .coupling import Coupling, is_joint, is_local, relinearises, rounds
 from .curvature.base import State
 from .dense import Dense, sweep
 from .joined import joined
 from .layers import Block
 from .linearise import Linearised, TerminalValue
 from .network import Network, Stage, matrix_of
-from .passes import floating
+from .passes import floating, wide
 from .reading import blocks_by_stage, later_by_stage, name_the_silent, read_layer, read_tied
 from .relinearise import met
 from .rollout import forward_pass, restore_overwritten
 from .sharing import Found, Shared, averaged, gathered_deviation, meet_at, of_this_rank, share
-from .task import VELOCITY, Outcome, Task, wide
+from .task import VELOCITY, Outcome, Task
 from .terminal import Gradient
-from .value import BatchPolicy, BatchValue, SampleValue
+from .value import BatchPolicy, BatchValue, Policy, SampleValue
 
 
 def open_loop(task: Task) -> Outcome:
@@ -48,7 +48,7 @@ def open_loop(task: Task) -> Outcome:
     for block, gradient in shared.alone.items():
         lr, decay, momentum = task.settings(block)
         state, velocity = task.own_state(block)
-        control = wide(matrix_of(block, block.parameters).clone())
+        control = wide(matrix_of(block, block.tensors).clone())
         if decay:
             gradient = gradient.add(control, alpha=decay)
         own = columns.get(block.parameters[0])
@@ -89,7 +89,8 @@ def closed_loop(task: Task) -> Outcome:
             linearised = [one]
         else:
             blocks = blocks_by_stage(task, linearised, outcome)
-    whole = joined(linearised) if len(blocks) > 1 and task.coupled() else None
+    coupled = task.coupled()
+    whole = joined(linearised) if len(blocks) > 1 and coupled else None
     later = later_by_stage(task, linearised, blocks) if whole is not None else {}
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
     name_the_silent(task, read, outcome)
@@ -97,7 +98,8 @@ def closed_loop(task: Task) -> Outcome:
     if not isinstance(task.coupling, Dense):
         found = [(stages.index(stage), *pair) for stage, pairs in blocks.items() for pair in pairs]
         own = Shared(found, alone, end, whole is not None)
-        shared = share(accord, task.network, own, task.terminal.reduction, local=local)
+        rounded = rounds(task.coupling)
+        shared = share(accord, task.network, own, task.terminal.reduction, local=local, rounded=rounded)
         blocks, alone, end = _by_stage(stages, shared.found), shared.alone, shared.end
         whole = whole if shared.whole else None
         if end is not None:
@@ -105,7 +107,7 @@ def closed_loop(task: Task) -> Outcome:
             end = of_this_rank(accord, end) if local else end
             value = _value(task.coupling, end.a, end.curved, end.weight)
             terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
-            swept = backward_pass(terms, value, task.curvature, end.curved, feedback=task.coupled(), seen=seen)
+            swept = backward_pass(terms, value, task.curvature, end.curved, feedback=coupled, seen=seen)
             policies = dict(zip(blocks, swept, strict=True))
     for block, gradient in alone.items():
         _move_alone(task, block, gradient, outcome)
@@ -117,8 +119,7 @@ def closed_loop(task: Task) -> Outcome:
         for i, ((block, _), part) in enumerate(zip(blocks[stage], policy.blocks, strict=True)):
             velocity = _move(block, part, weights, None if mean is None else mean[i])
             outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
-        k_weights, predicted = policy.policy.k_weights, policies[stage].policy.predicted
-        outcome.figures[stage.name] = partial(_figures, policy.gram, k_weights, weights, predicted)
+        outcome.figures[stage.name] = partial(_figures, policy.policy, policy.gram, weights, policies[stage].policy)
         if policy is not policies[stage]:
             again.append(policy)
 
@@ -184,7 +185,7 @@ def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchVa
 def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
     state, velocity = task.own_state(block)
     lr, decay, momentum = task.settings(block)
-    control = wide(matrix_of(block, block.parameters)) if decay else None
+    control = wide(matrix_of(block, block.tensors)) if decay else None
     if isinstance(columns, SpreadColumns) and is_local(task.coupling):
         return BlockTerms(columns.own, control, velocity, lr, decay, momentum, state, seen=columns)
     return BlockTerms(columns, control, velocity, lr, decay, momentum, state)
@@ -197,7 +198,7 @@ def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) ->
     value = _value(task.coupling, one, 1, 1.0)
     (policy,) = backward_pass([[terms]], value, task.curvature.without_factors(), 1, feedback=task.feedback)
     (part,) = policy.blocks
-    velocity = _move(block, part, policy.policy.k_weights)
+    velocity = _move(block, part, policy.policy.weights(None))
     outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
 
 
@@ -215,9 +216,10 @@ def _actual_decrease(task: Task, whole: Linearised | None, output: Any) -> Tenso
         return torch.as_tensor(criterion(before, *rest, **kwargs) - now)
 
 
-def _figures(gram: Tensor, k_weights: Tensor, weights: Tensor, predicted: Tensor) -> dict[str, float]:
+def _figures(policy: Policy, gram: Tensor, weights: Tensor, nominal: Policy) -> dict[str, float]:
+    k_weights = policy.weights(None)
     sizes = {"k": size(gram, k_weights), "feedback": size(gram, weights - k_weights)}
-    return {name: float(value) for name, value in {**sizes, "predicted_decrease": predicted}.items()}
+    return {name: float(value) for name, value in {**sizes, "predicted_decrease": nominal.predicted()}.items()}
 
 
 def _with_velocity(state: State, velocity: Tensor | None) -> State:
@@ -228,12 +230,12 @@ def _move(block: Block, part: BlockPolicy, weights: Tensor, direction: Tensor | 
     """Move a block by its policy, or in a direction that is known already; returns the new velocity, if any."""
     sides = block.sides()
     velocity = part.move_(sides, weights) if direction is None else part.follow_(sides, direction)
-    if not all(side.data_ptr() == p.data_ptr() for side, p in zip(sides, block.parameters, strict=True)):
+    if not all(side.data_ptr() == p.data_ptr() for side, p in zip(sides, block.tensors, strict=True)):
         _write(block, torch.cat(sides, 1))  # a parameter that is no view of its matrix, channels_last say
     return velocity
 
 
 def _write(block: Block, matrix: Tensor) -> None:
     with torch.no_grad():
-        for parameter, part in zip(block.parameters, block.split(matrix), strict=True):
+        for parameter, part in zip(block.tensors, block.split(matrix), strict=True):
             parameter.copy_(part)

@@ -4,17 +4,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .accord import Accord
+from .conditions import every_module
 from .coupling import Coupling
 from .curvature import Curvature
 from .curvature.base import State
+from .errors import StepError
 from .layers import Block, mixes_samples
 from .linearise import Linearised, TerminalValue, linearise
 from .network import Network, matrix_of
-from .passes import Pass
+from .passes import Pass, wide
 from .terminal import Terminal
 from .trajectory import Recorder
 
@@ -81,7 +82,13 @@ class Task:
         """Gradient of the batch's loss as the block's matrix, at least in float32; ``None`` without one."""
         if any(p not in self.gradients for p in block.parameters):
             return None
-        return wide(matrix_of(block, [self.gradients[p] for p in block.parameters]))
+        gradients = [self.gradients[p] for p in block.parameters]
+        if any(gradient.is_meta for gradient in gradients):
+            raise StepError(
+                f"the gradient of a parameter of shape {tuple(block.parameters[0].shape)} was not kept: it is sharded, "
+                "and was read off its layer's runs in one micro-batch and not in another"
+            )
+        return wide(matrix_of(block, gradients))
 
     def block_gradients(self, read: Collection[nn.Parameter] = frozenset()) -> dict[Block, Tensor]:
         """The same of every block that has one and no parameter in ``read``."""
@@ -90,7 +97,9 @@ class Task:
 
     def coupled(self) -> bool:
         """Whether layers see one another: while samples are mixed, columns are not those of single samples."""
-        return self.feedback and (self.recorder is None or not any(map(mixes_samples, self.recorder.model.modules())))
+        return self.feedback and (
+            self.recorder is None or not any(map(mixes_samples, every_module(self.recorder.model)))
+        )
 
     def blocks(self) -> list[Block]:
         """All there are."""
@@ -114,8 +123,3 @@ class Outcome:
     actual_decrease: Tensor | None = None
     failures: int = 0
     refused: dict[str, str] = field(default_factory=dict)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor, at least in float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

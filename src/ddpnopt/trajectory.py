@@ -7,20 +7,21 @@ pass that nobody differentiates nor a model that outlives its optimizer leaks.
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from .conditions import Conditions, rng_states
 from .errors import StepError
 from .hooks import ModuleHook, TensorTap
 from .layers import Layout, is_batch, rule_for
-from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, versions
+from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, fronted, leaves, versions
+from .sharded import Shards
 from .state import Boundaries, Boundary, Tracer
 from .wrapped import keep_gradients_local, wrapper_running
 
@@ -38,6 +39,7 @@ class Recorder:
         criterion: of the loss, if the terminal has one.
         whole_state: whether to find all that lives at a cut; else a stage's input is its state, right for chains.
         local_gradients: whether a ``DistributedDataParallel`` that the model runs in is to leave gradients alone.
+        shards: of the model.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class Recorder:
         *,
         whole_state: bool = False,
         local_gradients: bool = False,
+        shards: Shards | None = None,
     ):
         self.model = model
+        self.shards = Shards(None) if shards is None else shards
         self.live: list[Pass] = []
         self.closed = False
         self._local_gradients = local_gradients
@@ -88,6 +92,25 @@ class Recorder:
             self._wrapper = weakref.ref(wrapper)
             keep_gradients_local(wrapper, self)
 
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
+        """What backward passes have left for these parameters; where they are sharded, of the samples seen here."""
+        return {p: self.shards.gradients.get(p) if p in self.shards else p.grad for p in parameters}
+
+    def _read_off_columns(self, recorded: Pass) -> frozenset[nn.Parameter]:
+        """Parameters of layers that a pass's columns tell all of; of no other layer."""
+        if self.shards.every:
+            return frozenset()
+        pieces = self.shards.pieces()
+        owners = Counter(pieces.get(p, p) for module in self.model.modules() for p in module._parameters.values())
+        unread = {run.layer for run in recorded.runs if run.misfit or run.stray}
+        read = {run.layer for run in recorded.runs if _has_columns(run.layer)} - unread
+        own = (pieces.get(p, p) for layer in read for p in layer._parameters.values())
+        return frozenset(p for p in own if p is not None and owners[p] == 1)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        pieces = self.shards.pieces()
+        return [pieces.get(p, p) for p in self.model.parameters()]
+
     @property
     def empty(self) -> bool:
         """Whether the last forward pass in training mode was on a batch of length 0 and nothing came back yet."""
@@ -114,6 +137,7 @@ class Recorder:
             kept.outputs.clear()
         self.live.clear()
         self._kept.clear()
+        self.shards.gradients.clear()
         self._unreached = None
 
     @contextlib.contextmanager
@@ -186,17 +210,21 @@ class Recorder:
     def _attach(
         self, layers: Iterable[nn.Module], stages: Iterable[nn.Module], criterion: nn.Module | None
     ) -> list[RemovableHandle]:
-        def before(module: nn.Module, method: Callable[..., None]) -> RemovableHandle:
-            return module.register_forward_pre_hook(ModuleHook(method, module), with_kwargs=True)
+        def before(module: nn.Module, method: Callable[..., None], *, first: bool = False) -> RemovableHandle:
+            return module.register_forward_pre_hook(ModuleHook(method, module), with_kwargs=True, prepend=first)
 
         def after(module: nn.Module, method: Callable[..., None], *, always: bool) -> RemovableHandle:
             return module.register_forward_hook(ModuleHook(method, module), with_kwargs=True, always_call=always)
 
         # the model's own hooks enclose its layers', also where the model is a layer itself
         handles = [before(self.model, self._begin)]
+        replaced = {*self.shards.modules} - {self.model}
         inner = [m for m in self.model.modules() if m is not self.model] if self._whole_state else []
         handles += [before(module, self._enter) for module in inner]
-        handles += [before(stage, self._visit) for stage in stages]
+        # fully_shard gives its modules other tensors than they were called on: a stage's state is in the latter, and
+        # a state inside may have the former
+        handles += [before(stage, self._visit, first=stage in replaced) for stage in stages]
+        handles += [before(module, self._enter, first=True) for module in inner if module in replaced]
         handles += [after(layer, self._ran, always=False) for layer in layers]
         handles += [after(module, self._leave, always=False) for module in inner]
         handles.append(after(self.model, self._end, always=True))
@@ -209,15 +237,15 @@ class Recorder:
             return
         if (wrapper := wrapper_running()) is not None:
             self.inside(wrapper)
-        if self.live and all(p.grad is None for p in self.model.parameters()):
+        if self.live and all(p.grad is None for p in self._parameters()):
             self.forget()  # model.zero_grad() has dropped the gradients of a batch that was skipped
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         conditions = Conditions.now(self.model, tensors[0].device.type if tensors else "cpu")
         batch = len(tensors[0]) if tensors else 0
         self._current = Pass(detached(args), detached(kwargs), batch, conditions)
         self._current.versions = versions((args, kwargs))
         self._batch = batch
-        self._tracer = Tracer(self.overwritten) if self._whole_state else None
+        self._tracer = Tracer(self.overwritten, self.shards.pieces) if self._whole_state else None
         self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(self._current)]
         if self.model.training:
             self._unreached = batch
@@ -239,6 +267,9 @@ class Recorder:
             taps.install(_PassEar(self, ended), ended.state.cotangents)
             if self._keeping:
                 ended.edges += [(ended.state.cotangents, i, edge) for i, edge in taps.edges()]
+        if self.shards:
+            self._handles += self.shards.listen()
+            self.shards.unneeded = self._read_off_columns(ended)
         if self._keeping:
             ended.outputs = outputs
 
@@ -274,7 +305,7 @@ class Recorder:
                 return
             state = self.state(stage, (args, kwargs))
             inputs, dims = [x for x, _ in state], [dim for _, dim in state]
-            moved = [x.detach().movedim(dim, 0) for x, dim in state]
+            moved = [fronted(x.detach(), dim) for x, dim in state]
             visit = Visit(moved, [None] * len(inputs), dims)
             self._current.visits[stage] = visit
             self._tap(self._current, inputs, visit.cotangents)
@@ -287,7 +318,7 @@ class Recorder:
         inputs = floating(tree)
         dims = self._layout.dims(stage, rule_for(stage), inputs, self._batch, inputs=True)
         fitting = [(x, dim) for x, dim in zip(inputs, dims, strict=True) if is_batch(x, dim, self._batch)]
-        return list({id(x): (x, dim) for x, dim in fitting}.values())
+        return fitting if len(fitting) < 2 else list({id(x): (x, dim) for x, dim in fitting}.values())
 
     def _ran(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._paused or self._current is None or self._before_stage is not None or not torch.is_grad_enabled():
@@ -304,10 +335,11 @@ class Recorder:
         self._tap(self._current, outputs, run.cotangents)
 
     def _tap(self, into: Pass, tensors: Sequence[Tensor], cotangents: list[Tensor | None]) -> None:
+        ear = _PassEar(self, into)
         for i, tensor in enumerate(tensors):
             if not tensor.requires_grad:
                 continue
-            tensor.register_hook(TensorTap(_PassEar(self, into), cotangents, i))
+            tensor.register_hook(TensorTap(ear, cotangents, i))
             if self._keeping:
                 into.edges.append((cotangents, i, get_gradient_edge(tensor)))
 
@@ -320,18 +352,19 @@ class Recorder:
         """A gradient has come to slot ``i`` of a pass."""
         if not self.listening:
             return
+        gradient = gradient.detach() if gradient.requires_grad else gradient
         if self._collecting:
-            slots[i] = gradient.detach()
+            slots[i] = gradient
             return
         before = slots[i]
-        slots[i] = gradient.detach() if before is None else before + gradient.detach()
+        slots[i] = gradient if before is None else before + gradient
         self._unreached = None
         if not into.reached:
             into.reached = True
             self.live.append(into)
 
     def _criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        given = next((leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if given is None or self._muted or self._paused:
             return
         for recorded in (ref() for ref in reversed(self._begun)):
@@ -352,6 +385,11 @@ class _PassEar:
 
     def arrived(self, slots: list[Tensor | None], i: int, gradient: Tensor) -> None:
         self._recorder.arrived(self._into, slots, i, gradient)
+
+
+def _has_columns(layer: nn.Module) -> bool:
+    rule = rule_for(layer)
+    return rule.name != "generic" and rule.refuses(layer) is None
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -10,6 +10,7 @@ from .curvature.base import State
 from .errors import NonFiniteError, StepError
 from .finite import all_finite, first_not_finite
 from .passes import Pass
+from .sharded import Shards
 
 
 class Transaction:
@@ -25,6 +26,7 @@ class Transaction:
             :class:`NonFiniteError` that names the first layer concerned, or the parameter.
         room: where the values on entry are kept from step to step: asking the system for it anew takes longer than
             copying.
+        shards: of the model. Pieces of parameters are not written into before the step is known to have gone well.
     """
 
     def __init__(
@@ -34,19 +36,22 @@ class Transaction:
         passes: Sequence[Pass],
         gradients: Mapping[nn.Parameter, Tensor],
         room: list[Tensor],
+        shards: Shards,
     ):
         self._parameters = parameters
         self._model = model
         self._passes = passes
         self._gradients = gradients
         self._before = room
+        self._shards = shards
+        self._written = [p for p in parameters.values() if p not in shards]
 
     def __enter__(self) -> "Transaction":
-        now = [p.detach() for p in self._parameters.values()]
+        now: list[Tensor] = list(self._written)
         if len(self._before) == len(now) and all(map(_alike, self._before, now)):
             torch._foreach_copy_(self._before, now) if now else None
         else:
-            self._before[:] = [p.clone() for p in now]
+            self._before[:] = [p.detach().clone() for p in now]
         return self
 
     def __exit__(
@@ -54,7 +59,7 @@ class Transaction:
     ) -> None:
         if kind is not None:
             with torch.no_grad():
-                for parameter, before in zip(self._parameters.values(), self._before, strict=True):
+                for parameter, before in zip(self._written, self._before, strict=True):
                     parameter.copy_(before)
         of_numbers = isinstance(error, NonFiniteError)
         if not isinstance(error, Exception) or (isinstance(error, StepError) and not of_numbers):
@@ -70,20 +75,20 @@ class Transaction:
     def _culprit(self) -> str | None:
         if self._model is not None and (where := first_not_finite(self._model, self._passes)) is not None:
             return where
-        spoiled = (
-            n for n, p in self._parameters.items() if p in self._gradients and not all_finite([self._gradients[p]])
-        )
+        known = {n: self._gradients[p] for n, p in self._parameters.items() if p in self._gradients}
+        spoiled = (n for n, gradient in known.items() if not gradient.is_meta and not all_finite([gradient]))
         return next((f"the gradient of {name} is not finite" for name in spoiled), None)
 
     def check(self, states: Mapping[nn.Parameter, State], before: Mapping[Tensor, State]) -> None:
         """Raise :class:`NonFiniteError`, naming the parameter, unless weights and what is new in states are finite."""
-        weights = [p.detach() for p in self._parameters.values()]
+        held = self._shards.held
+        weights = [held.get(p, p) for p in self._parameters.values()]
         new = [t for p, state in states.items() for t in _tensors(state, before.get(p, {}))]
         if all_finite([*weights, *new]):
             return
         for name, parameter in self._parameters.items():
             curvature = _tensors(states.get(parameter, {}), {})
-            for what, tensors in (("update", [parameter.detach()]), ("curvature", curvature)):
+            for what, tensors in (("update", [held.get(parameter, parameter).detach()]), ("curvature", curvature)):
                 if not all_finite(tensors):
                     raise NonFiniteError(f"the {what} of {name} is not finite")
 

@@ -12,7 +12,9 @@ gradient alone.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,24 +25,18 @@ from .errors import NonFiniteError, StepError
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """``beta(r)`` of one stage.
-
-    Args:
-        k_weights: those of the open-loop gain ``k``, ``[R, B]``.
-        predicted: ``-Q_u' k / 2``, the decrease of the batch's loss that the quadratic model expects of ``k``; the
-            stage cost's own decrease is left out.
-    """
-
-    k_weights: Tensor
-    predicted: Tensor
-
-    def weights(self, r: Tensor | None) -> Tensor:
-        """``beta [R, B]`` for ``r [R, B]``, or the open loop's for ``None``."""
-        return self.k_weights if r is None else self.k_weights + self.feedback(r)
+    """``beta(r)`` of one stage."""
 
     @abstractmethod
-    def feedback(self, r: Tensor) -> Tensor:
-        """The part of the weights that ``K dx`` adds, ``[R, B]``."""
+    def weights(self, r: Tensor | None) -> Tensor:
+        """``beta [R, B]`` for ``r [R, B]``, or the open loop's, those of ``k``, for ``None``."""
+
+    @abstractmethod
+    def predicted(self) -> Tensor:
+        """``-Q_u' k / 2``, the decrease of the batch's loss that the quadratic model expects of ``k``.
+
+        The stage cost's own decrease is left out.
+        """
 
 
 class Value(ABC):
@@ -77,22 +73,27 @@ class BatchValue(Value):
 
     Columns without curvature keep their weight: they act on the others as one more stage cost.
 
+    Nothing in the sum needs ``a`` itself, so a stage's matrix is solved with once, when its deviation is known.
+
     Args:
-        a: ``[R, B]``.
+        find_a: gives ``a [R, B]``.
         precision: ``C^-1 [n, n]`` of the ``n = curved * B`` columns with curvature.
-        information: ``C^-1 a [n]``.
+        information: ``C^-1 a``, as ``[curved, B]``.
+        straight: ``a`` of the columns without curvature, ``[R - curved, B]``.
     """
 
-    a: Tensor
+    find_a: Callable[[], Tensor]
     precision: Tensor
     information: Tensor
+    straight: Tensor
 
     @staticmethod
     def terminal(a: Tensor, curved: int, weight: float) -> "BatchValue":
         """Of the loss itself: ``V_X = w P a``, ``V_XX = w P P'`` on the curved columns, ``a [R, B]``."""
         a = a.double()
-        eye = torch.eye(a[:curved].numel(), dtype=torch.float64, device=a.device)
-        return BatchValue(weight * a, eye / weight, a[:curved].flatten())
+        n = a[:curved].numel()
+        precision = torch.eye(n, dtype=torch.float64, device=a.device).div_(weight)
+        return BatchValue(lambda: weight * a, precision, a[:curved], weight * a[curved:])
 
     @property
     def joint(self) -> bool:
@@ -100,40 +101,62 @@ class BatchValue(Value):
 
     @property
     def v_x(self) -> Tensor:
-        return self.a
+        return self.find_a()
 
     def backward(self, gram: Tensor, d: Tensor | None, *, feedback: bool) -> tuple[Policy, "BatchValue"]:
-        n = len(self.information)
+        n = self.information.numel()
         gram = gram.double()
-        straight = self.a.flatten()[n:]
-        precision = self.precision + gram[:n, :n]
-        information = self.information - gram[:n, n:] @ straight
+        d = None if d is None else d.double().flatten()
+        precision, information = self.precision + (gram[:n, :n] if len(self.straight) else gram), self.information
+        if self.straight.numel():
+            information = information - (gram[:n, n:] @ self.straight.flatten()).view_as(information)
         if d is not None:
-            information = information - d.double().flatten()[:n]
+            information = information - d[:n].view_as(information)
         factor, failures = linalg.cholesky(precision)
         if factor is None and not bool(torch.isfinite(precision).all()):
             raise NonFiniteError("the batch's curvature is not finite")
         if factor is None:
             raise StepError("the batch's curvature could not be factorised: lower lr, or raise the curvature's damping")
-        curved = torch.cholesky_solve(information[:, None], factor).flatten()
-        beta = torch.cat([curved, straight])
-        change = gram @ beta if d is None else gram @ beta + d.double().flatten()
-        a = beta.view(self.a.shape)
-        policy = BatchPolicy(a, self.a.flatten() @ change / 2, factor, failures)
-        return policy, BatchValue(a, precision, information) if feedback else self
+        policy = BatchPolicy(factor, information, self.straight, failures, gram, d, self.find_a)
+        if not feedback:
+            return policy, self
+        return policy, BatchValue(lambda: policy.k_weights, precision, information, self.straight)
 
 
 @dataclass(frozen=True)
 class BatchPolicy(Policy):
-    """``beta = a + C r``; ``factor``: Cholesky factor of ``C^-1``, found after ``failures`` failed attempts."""
+    """``beta = C (C^-1 a + r)``.
+
+    Args:
+        factor: Cholesky factor of ``C^-1``, found after ``failures`` failed attempts.
+        information, straight: see :class:`BatchValue`.
+        gram, d: what the recursion went back by.
+        find_a: gives ``a [R, B]`` after the stage.
+    """
 
     factor: Tensor
+    information: Tensor
+    straight: Tensor
     failures: int
+    gram: Tensor
+    d: Tensor | None
+    find_a: Callable[[], Tensor]
 
-    def feedback(self, r: Tensor) -> Tensor:
-        n = len(self.factor)
-        curved = torch.cholesky_solve(r.double().flatten()[:n, None], self.factor).flatten()
-        return torch.cat([curved, curved.new_zeros(r.numel() - n)]).view(r.shape)
+    @cached_property
+    def k_weights(self) -> Tensor:
+        """Those of the open-loop gain ``k``, ``[R, B]``."""
+        return self.weights(None)
+
+    def weights(self, r: Tensor | None) -> Tensor:
+        known = self.information if r is None else self.information + r[: len(self.information)]
+        # for one vector torch.cholesky_solve takes three times as long: it copies the factor
+        half = torch.linalg.solve_triangular(self.factor, known.reshape(-1, 1), upper=False)
+        curved = torch.linalg.solve_triangular(self.factor.mT, half, upper=True).view_as(known)
+        return torch.cat([curved, self.straight]) if self.straight.numel() else curved
+
+    def predicted(self) -> Tensor:
+        change = self.gram @ self.k_weights.flatten()
+        return self.find_a().flatten() @ (change if self.d is None else change + self.d) / 2
 
 
 @dataclass(frozen=True)
@@ -174,7 +197,7 @@ class SampleValue(Value):
         change = torch.einsum("brq,qb->rb", gram, self.a)
         if d is not None:
             change = change + d.double()
-        policy = SamplePolicy(self.v_x, (self.v_x * change).sum() / 2, self.C, self.weight)
+        policy = SamplePolicy(self.v_x, change, self.C, self.weight)
         if not feedback:
             return policy, self
         a = self.a - torch.einsum("brq,qb->rb", self.C, change)
@@ -183,20 +206,33 @@ class SampleValue(Value):
 
 @dataclass(frozen=True)
 class SamplePolicy(Policy):
-    """``beta = w (a + C r)``."""
+    """``beta = w (a + C r)``; ``change [R, B]``: ``Gram a + d``."""
 
+    v_x: Tensor
+    change: Tensor
     C: Tensor
     weight: float
 
-    def feedback(self, r: Tensor) -> Tensor:
-        return self.weight * torch.einsum("brq,qb->rb", self.C, r.double())
+    def weights(self, r: Tensor | None) -> Tensor:
+        return self.v_x if r is None else self.v_x + self.weight * torch.einsum("brq,qb->rb", self.C, r.double())
+
+    def predicted(self) -> Tensor:
+        return (self.v_x * self.change).sum() / 2
 
 
 @dataclass(frozen=True)
 class DensePolicy(Policy):
-    """``beta = w (1, dx)`` on the columns ``(Q_u, Q_ux)`` of full matrices; ``r [n, B]`` is ``dx`` itself."""
+    """``beta = w (1, dx)`` on the columns ``(Q_u, Q_ux)`` of full matrices; ``r [n, B]`` is ``dx`` itself.
 
+    ``change [1 + n, B]``: ``Q_u' R^-1 Q_u``, then ``Q_ux' R^-1 Q_u``.
+    """
+
+    change: Tensor
     weight: float
 
-    def feedback(self, r: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(self.k_weights[:1]), self.weight * r.double()])
+    def weights(self, r: Tensor | None) -> Tensor:
+        one = torch.ones_like(self.change[:1])
+        return self.weight * torch.cat([one, torch.zeros_like(self.change[1:]) if r is None else r.double()])
+
+    def predicted(self) -> Tensor:
+        return self.weight * self.change[0].sum() / 2

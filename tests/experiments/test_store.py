@@ -1,9 +1,6 @@
-import os
-import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _postgresql import programs, server
 from sqlalchemy.exc import OperationalError
 
 from ddpnopt.experiments.study import identity
@@ -21,7 +19,7 @@ from ddpnopt.experiments.study.store import ATTEMPTS, Store
 from ddpnopt.experiments.study.task import Kind, Task
 from ddpnopt.experiments.study.worker import work
 from experiments import toy_kinds as toy
-from experiments.study_tools import CODES, ONE, OTHER, expire, keys, share_out, until
+from experiments.study_tools import CODES, ONE, OTHER, environment, expire, keys, share_out, until
 
 
 def test_two_workers_run_every_task_exactly_once(address: str, tmp_path: Path) -> None:
@@ -150,26 +148,10 @@ def test_a_database_that_is_away_for_a_moment_is_asked_again(
 @pytest.fixture(scope="module")
 def postgresql() -> Iterator[str]:
     pytest.importorskip("psycopg", reason="psycopg is not installed")
-    found = [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *filter(None, [Path(shutil.which("initdb") or "")])]
-    folder = next((path.resolve().parent for path in found if path.is_file()), None)
-    if folder is None:
-        pytest.skip("PostgreSQL's server is not installed")
-    place = Path(tempfile.mkdtemp(prefix="study", dir="/tmp"))  # its socket's path must be short
-    user: dict[str, Any] = {"cwd": place}
-    if os.geteuid() == 0:  # as which the server refuses to run
-        shutil.chown(place, "postgres", "postgres")
-        user |= {"user": "postgres", "group": "postgres", "extra_groups": []}
-
-    def program(name: str, *words: str) -> None:
-        subprocess.run([folder / name, "-D", place / "data", *words], check=True, stdout=subprocess.DEVNULL, **user)
-
-    program("initdb", "-A", "trust", "-U", "study", "--no-sync")
-    program("pg_ctl", "-w", "-l", str(place / "log"), "-o", f"-F -k {place} -c listen_addresses=''", "start")
-    try:
+    if programs() is None:
+        pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
+    with server() as place:
         yield f"postgresql+psycopg://study@/postgres?host={place}"
-    finally:
-        program("pg_ctl", "-m", "immediate", "stop")
-        shutil.rmtree(place)
 
 
 def test_postgresql_serves_two_workers_and_a_lab(postgresql: str, tmp_path: Path) -> None:
@@ -181,3 +163,18 @@ def test_postgresql_serves_two_workers_and_a_lab(postgresql: str, tmp_path: Path
     assert outcome == toy.experiment(DirectLab(toy.KINDS), tmp_path / "calm", 10, sleep=0.0)
     with Store(postgresql, lease=0.3) as store:
         expire(store, tmp_path)
+
+
+def test_postgresql_hands_the_run_of_a_killed_worker_to_another(postgresql: str, tmp_path: Path) -> None:
+    (long,) = toy.squares(tmp_path, 1, sleep=60.0)
+    with Store(postgresql) as store:
+        store.add("kill", [long])
+        line = "import sys; from experiments import toy_kinds as toy; toy.work_off(sys.argv[1])"
+        worker = subprocess.Popen([sys.executable, "-c", line, postgresql], env=environment())
+        until(lambda: toy.log(tmp_path))
+        worker.kill()
+        worker.wait()
+        assert store.counts([long.key])["running"] == 1
+        assert store.claim(OTHER, CODES, "kill") is not None
+        assert store.finish(long.key, OTHER, '{"square": 0}', 1.0)
+    assert [what for what, _, _ in toy.log(tmp_path)] == ["started"]

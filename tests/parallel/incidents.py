@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from programs import shard, whole
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import init_device_mesh
 
 from ddpnopt import Batch, DDPNOpt, Dense, Matched
 
@@ -57,9 +58,13 @@ def _batch(rank: int, size: int, step: int) -> tuple[Tensor, Tensor]:
 class Loop:
     """Steps, and what came of each."""
 
-    def __init__(self, rank: int, size: int, model: nn.Sequential | None = None, **settings: Any) -> None:
+    def __init__(
+        self, rank: int, size: int, model: nn.Sequential | None = None, *, sharded: bool = False, **settings: Any
+    ) -> None:
         self.rank, self.size, self.criterion = rank, size, nn.CrossEntropyLoss()
         self.model = model or _model()
+        if sharded:
+            shard(self.model, size, "children")
         self.optimizer = DDPNOpt(self.model, **settings)
         self.told: list[str] = []
         self.step_number = 0
@@ -67,7 +72,7 @@ class Loop:
     def step(self, change: Callable[[Tensor], Tensor] = lambda x: x, *, backward: bool = True) -> None:
         x, y = _batch(self.rank, self.size, self.step_number)
         self.step_number += 1
-        before = self.weights(), copy.deepcopy(self.optimizer.state_dict()["state"])
+        before = self.pieces(), copy.deepcopy(self.optimizer.state_dict()["state"])
         try:
             self.optimizer.zero_grad()
             if backward:
@@ -76,15 +81,16 @@ class Loop:
             self.told.append("")
         except Exception as error:
             self.told.append(f"{type(error).__name__}: {error}")
-            assert all(map(torch.equal, before[0], self.weights()))
+            assert all(map(torch.equal, before[0], self.pieces()))
             after = self.optimizer.state_dict()["state"]
             assert str(before[1]) == str(after)
 
-    def weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.model.parameters()]
+    def pieces(self) -> list[Tensor]:
+        held: list[Any] = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        return [p.to_local().clone() if hasattr(p, "to_local") else p.clone() for p in held]
 
     def result(self) -> dict[str, Any]:
-        return {"told": self.told, "weights": self.weights(), "figures": self.optimizer.diagnostics()}
+        return {"told": self.told, "weights": whole(self.model), "figures": self.optimizer.diagnostics()}
 
 
 def spoiled(rank: int, size: int, **settings: Any) -> dict[str, Any]:
@@ -99,8 +105,8 @@ def skipping(rank: int, size: int) -> dict[str, Any]:
     return spoiled(rank, size, on_nonfinite="skip")
 
 
-def breaking(rank: int, size: int, *, last: bool = False, which: int = 2) -> dict[str, Any]:
-    loop = Loop(rank, size, _model(last=last))
+def breaking(rank: int, size: int, *, last: bool = False, which: int = 2, sharded: bool = False) -> dict[str, Any]:
+    loop = Loop(rank, size, _model(last=last), sharded=sharded)
     loop.step()
     if rank == AT:
         _trap(loop.model).left = which  # 1: the forward pass, 2: the second one, inside step()
@@ -177,21 +183,6 @@ def refused(rank: int, size: int) -> dict[str, Any]:
     return {"told": told}
 
 
-def sharded(rank: int, size: int) -> dict[str, Any]:
-    from torch.distributed.fsdp import fully_shard
-
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mesh = init_device_mesh("cpu", (size,))
-        fully_shard(model, mesh=mesh)
-    try:
-        DDPNOpt(model)
-    except Exception as error:
-        return {"told": [f"{type(error).__name__}: {error}"]}
-    return {"told": [""]}
-
-
 def gradients_in_a_wrapper(rank: int, size: int) -> dict[str, Any]:
     """A wrapper averages gradients before the optimizer is there and once it is closed, and leaves them while it is."""
     torch.manual_seed(0)
@@ -221,35 +212,28 @@ def traffic(rank: int, size: int) -> dict[str, Any]:
     return loop.result()
 
 
-INCIDENTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
-    f.__name__: f
-    for f in (
-        spoiled, skipping, breaking, breaking_last, without_backward, nobody, scaler_found_inf, two_ways, refused,
-        sharded, gradients_in_a_wrapper, traffic,
-    )
-}  # fmt: skip
-
-
-def all_incidents(rank: int, size: int) -> dict[str, dict[str, Any]]:
-    return {name: incident(rank, size) for name, incident in INCIDENTS.items()}
-
-
-def long_run(rank: int, size: int, folder: str, first: int, last: int, killed: int) -> dict[str, Any]:
+def long_run(
+    rank: int, size: int, folder: str, first: int, last: int, killed: int, *, sharded: bool = False
+) -> dict[str, Any]:
     """Steps ``first`` to ``last`` with a checkpoint after each; a rank dies inside step ``killed`` (-1: none does).
 
     Args:
         rank, size: of this process.
         folder: of the checkpoints, where the last one is loaded from if ``first`` is not 0.
-        first, last, killed: steps.
+        first, last, killed: steps; -2: none is killed, and there are no checkpoints.
+        sharded: whether the model is.
     """
     model = _model(lambda: os._exit(9))
-    loop = Loop(rank, size, model, terminal=Matched(nn.CrossEntropyLoss()), momentum=0.5)
+    loop = Loop(rank, size, model, sharded=sharded, terminal=Matched(nn.CrossEntropyLoss()), momentum=0.5)
     loop.criterion = loop.optimizer.terminal.criterion  # type: ignore[assignment]
     if first:
         saved = Path(folder) / f"{size} of {rank}"
         dcp_to_torch_save(Path(folder) / f"step {first - 1}", saved)
         state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
+        if sharded:
+            load({"model": model.state_dict()}, checkpoint_id=str(Path(folder) / f"step {first - 1}"))
+        else:
+            model.load_state_dict(state["model"])
         loop.optimizer.load_state_dict(state["optimizer"])
     for loop.step_number in range(first, last):
         step = loop.step_number

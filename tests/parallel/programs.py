@@ -7,76 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from networks import Mixed, Residual, Unread, Words, conv, mlp, pictures, wide
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ddpnopt import Adaptive, Batch, DDPNOpt, EigenKronecker, Exact, Gradient, Identity, Kronecker, Matched, Sampled
 from ddpnopt.terminal import Terminal
 
 BATCH = 48  # samples enough for factors of full rank, whose eigenbasis is one
 EMPTY, SHORT = 2, 4  # the step at which the last rank has no samples, and the one of a short last batch
-
-
-class Residual(nn.Module):
-    """Skips, a loose parameter, and a layer that runs twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.inner, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
-        self.scale = nn.Parameter(torch.ones(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x)) * self.scale
-        h = h + torch.tanh(self.inner(h))
-        h = h + torch.tanh(self.inner(h))
-        out: Tensor = self.last(h)
-        return out
-
-
-class Words(nn.Module):
-    """A table read at different rows by every sample, tied to the last layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.inner, self.last = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
-        self.last.weight = self.table.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(torch.tanh(self.inner(self.table(x).mean(1))))
-        return out
-
-
-class Unread(nn.Module):
-    """A layer whose parameters are used without a call of it, so that they have no columns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(torch.tanh(self.first(x)), self.last.weight, self.last.bias)
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-
-
-def wide() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10))
-
-
-def conv() -> nn.Module:
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Conv1d(4, 3, 2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(9, 3),
-    )  # fmt: skip
-
-
-def pictures() -> nn.Module:
-    """Formed gradients large enough to stay where they are."""
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv1d(8, 9, 5, padding=2), nn.Tanh(),
-        nn.Flatten(), nn.Linear(54, 3),
-    )  # fmt: skip
 
 
 def _numbers(model: nn.Module, batch: int) -> Tensor:
@@ -97,8 +37,12 @@ class Program:
         parts: micro-batches per step.
         form: of the step: after backward, or a closure.
         empty: whether a rank goes without samples once.
+        short: samples of the last batch that is a short one.
         twins: every rank has all samples.
         apart: how far weights may be from those of one process.
+        shard: the model's children (``"children"``), the first of them (``"first"``) or none (``"root"``) are sharded
+            each by itself, the rest with the model; ``"some"``: the first, and the rest is not.
+        reshard: whether weights are cut again between the forward and the backward pass; ``None`` is torch's choice.
     """
 
     model: Callable[[], nn.Module] = mlp
@@ -110,10 +54,14 @@ class Program:
     parts: int = 1
     form: str = "backward"
     empty: bool = True
+    short: int = 6
     twins: bool = False
     apart: float = 1e-10
+    shard: str = ""
+    reshard: bool | None = None
 
 
+DECAYED = {"momentum": 0.5, "weight_decay": 0.01}
 KRONECKER = Kronecker(refresh_every=2, average_every=1)
 PROGRAMS: dict[str, Program] = {
     "identity": Program(settings={"curvature": Identity()}, steps=20),
@@ -176,6 +124,26 @@ PROGRAMS: dict[str, Program] = {
     "a wrapper": Program(conv, wrap="given"),
     "a wrapper, no_sync": Program(Residual, wrap="given", parts=3, empty=False),
     "a wrapper, closure": Program(Residual, wrap="given", form="closure"),
+    "sharded, identity": Program(Mixed, DECAYED | {"curvature": Identity()}, steps=20, shard="children"),
+    "sharded, adaptive": Program(Mixed, DECAYED | {"curvature": Adaptive()}, steps=20, shard="first", reshard=False),
+    "sharded, kronecker": Program(Mixed, {"curvature": KRONECKER}, steps=20, shard="children", reshard=False),
+    "sharded, eigen": Program(
+        settings={"curvature": EigenKronecker(refresh_every=2)}, steps=20, shard="first", reshard=True
+    ),
+    "sharded, low rank": Program(
+        wide, {"curvature": Kronecker(refresh_every=2, rank=1)}, criterion=nn.MSELoss(), shard="root"
+    ),
+    "sharded, sample": Program(Mixed, {"coupling": "sample", "lr": 0.01}, steps=20, shard="children"),
+    "sharded, no feedback": Program(Mixed, {"feedback": False, "momentum": 0.5}, steps=20, shard="children"),
+    "sharded, k-fac": Program(conv, {"coupling": "sample", "feedback": False, "lr": 1e-3}, shard="children"),
+    "sharded, stages": Program(Residual, {"stages": ["first", "inner", "last"]}, shard="children"),
+    "sharded, unread": Program(Unread, {"momentum": 0.5}, shard="root"),
+    "sharded, words": Program(Words, {"curvature": KRONECKER}, shard="root", reshard=True),
+    "sharded, exact": Program(Mixed, terminal=lambda c: Exact(c), shard="children", reshard=True),
+    "sharded, micro-batches": Program(Residual, parts=2, empty=False, short=9, shard="children"),
+    "sharded, closure": Program(Mixed, form="closure with backward", shard="some"),
+    "sharded, pictures": Program(pictures, {"curvature": KRONECKER}, shard="children"),
+    "sharded, local": Program(Residual, {"coupling": Batch(local=True), "momentum": 0.5}, twins=True, shard="children"),
 }  # fmt: skip
 
 
@@ -185,7 +153,7 @@ def batches(program: Program) -> list[tuple[Tensor, Tensor]]:
     model = program.model()
     made = []
     for step in range(program.steps):
-        n = 6 if step == SHORT else BATCH
+        n = program.short if step == SHORT else BATCH
         x = _numbers(model, n)
         with torch.no_grad():
             output = model(x)
@@ -209,6 +177,8 @@ def train(program: Program, rank: int = 0, size: int = 1) -> dict[str, Any]:
     wrapper: Any = model
     if program.wrap and size > 1:
         wrapper = nn.parallel.DistributedDataParallel(model)
+    if program.shard and size > 1:
+        shard(model, size, program.shard, program.reshard)
     settings = dict(program.settings)
     if program.terminal is not None:
         settings["terminal"] = program.terminal(criterion)
@@ -218,10 +188,26 @@ def train(program: Program, rank: int = 0, size: int = 1) -> dict[str, Any]:
         own = cut(len(x), rank, size, empty=program.empty and step == EMPTY) if not program.twins else slice(None)
         advance(program, optimizer, wrapper, x[own], y[own])
     return {
-        "weights": [p.detach().clone() for p in model.parameters()],
+        "weights": whole(model),
         "figures": optimizer.diagnostics(),
-        "state": optimizer.state_dict(),
     }
+
+
+def shard(model: nn.Module, size: int, which: str, reshard: bool | None = None, **settings: Any) -> None:
+    """Apply ``fully_shard`` to ``which`` of the model's children, and to the model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mesh = init_device_mesh("cpu", (size,))
+    children = [child for child in model.children() if list(child.parameters())]
+    inner = {"root": [], "first": children[:1], "some": children[:1], "children": children}[which]
+    for module in [*inner, model] if which != "some" else inner:
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, **settings)
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    """The model's weights, put together where they are in pieces."""
+    values: list[Any] = [p.detach() for p in model.parameters()]
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for p in values]
 
 
 def advance(program: Program, optimizer: DDPNOpt, model: Any, x: Tensor, y: Tensor) -> None:

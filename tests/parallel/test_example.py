@@ -1,7 +1,8 @@
-"""The example for several processes prints on several what it prints on one."""
+"""The examples for several processes print on several what they print on one."""
 
 import contextlib
 import io
+import os
 import re
 import runpy
 import sys
@@ -14,21 +15,44 @@ from launch import launch
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def printed(rank: int, size: int, optimizer: str) -> str:
-    """What the example prints on this rank, at toy size."""
+def printed(rank: int, size: int, script: str, *words: str) -> str:
+    """What an example prints on this rank, at toy size."""
     torch.set_default_dtype(torch.float32)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": 0}  # as torchrun says
+    os.environ |= {"MASTER_ADDR": "localhost", **{name: str(number) for name, number in numbers.items()}}
     sys.path.insert(0, str(EXAMPLES))
-    sys.argv = ["ddp.py", "--epochs", "1", "--optimizer", optimizer]
+    sys.argv = [script, "--epochs", "1", *words]
     found = io.StringIO()
     with contextlib.redirect_stdout(found):
-        runpy.run_path(str(EXAMPLES / "ddp.py"), run_name="__main__")
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     return found.getvalue()
+
+
+def losses(told: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"train loss (\S+),", told)]
 
 
 @pytest.mark.parametrize("optimizer", ["ddpnopt", "adamw"])
 def test_two_ranks_print_what_one_does(optimizer: str) -> None:
-    one, (first, second) = launch(1, printed, optimizer)[0], launch(2, printed, optimizer)
+    words = ("--batch", "240", "--optimizer", optimizer)
+    one, (first, second) = launch(1, printed, "ddp.py", *words)[0], launch(2, printed, "ddp.py", *words)
     assert second == ""
-    losses = [[float(loss) for loss in re.findall(r"train loss (\S+),", told)] for told in (one, first)]
-    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
-    assert losses[1][-1] < losses[1][0]
+    assert losses(one) == pytest.approx(losses(first), abs=2e-4)
+    assert losses(first)[-1] < losses(first)[0]
+
+
+def test_sharded_ranks_too_and_they_go_on_from_their_checkpoint(tmp_path: Path) -> None:
+    words = ("--batch", "240", "--checkpoint", str(tmp_path))
+    begun, second = launch(2, printed, "fsdp.py", *words)
+    ended, _ = launch(2, printed, "fsdp.py", *words, "--epochs", "2")
+    one = launch(1, printed, "fsdp.py", "--batch", "240", "--epochs", "2")[0]
+    assert second == ""
+    assert losses(one) == pytest.approx(losses(begun) + losses(ended)[1:], abs=2e-4)
+    assert losses(one)[-1] < losses(one)[0]
+
+
+def test_accelerate_on_two_processes() -> None:
+    pytest.importorskip("accelerate")
+    first, second = launch(2, printed, "accelerate_loop.py", "--batch", "240", "--accumulate", "2")
+    assert second == ""
+    assert losses(first)[-1] < losses(first)[0]

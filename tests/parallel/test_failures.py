@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from incidents import AT, all_incidents, long_run
+from incidents import AT, long_run
 from launch import launch
+from sharded_incidents import all_incidents
 from torch import Tensor
+
+pytestmark = pytest.mark.xdist_group("failures")  # the incidents are run once for all
 
 SIZE = 3
 
@@ -88,10 +91,45 @@ def test_what_works_in_one_process_only_is_refused_by_name() -> None:
         assert "coupling=Batch(relinearise=True)" in relinearised
 
 
-def test_sharded_parameters_are_refused_with_the_way_out() -> None:
+def test_a_failure_on_one_rank_of_a_sharded_model() -> None:
+    assert all("the columns of the batch are not finite" in word for word in told("sharded_spoiled"))
+    assert told("sharded_skipping") == [""] * SIZE
+    assert [rank["sharded_skipping"]["figures"]["skipped_steps"] for rank in incidents()] == [1] * SIZE
+    words = told("sharded_breaking")
+    assert words[AT] == "KeyError: 'the model broke'"
+    assert others(words) == [f"StepError: rank {AT} of {SIZE}: KeyError: 'the model broke'; no rank has moved"] * 2
     for rank in incidents():
-        assert rank["sharded"]["told"][0].startswith("ValueError: 0.weight is sharded over ranks (a DTensor")
-        assert "DistributedDataParallel" in rank["sharded"]["told"][0]
+        for one, other in (("spoiled", "sharded_spoiled"), ("breaking", "sharded_breaking")):
+            for own, wanted in zip(rank[other]["weights"], rank[one]["weights"], strict=True):
+                torch.testing.assert_close(own, wanted, rtol=1e-10, atol=1e-10)
+
+
+REFUSED = {
+    "plan": ["ValueError: 0.weight is sharded over ranks", "fully_shard alone", "DistributedDataParallel"],
+    "plan, then sharded": [
+        "ValueError: 0.weight is sharded by a parallelize plan before fully_shard",
+        "fully_shard alone",
+    ],
+    "mesh": ["ValueError: 0.weight is sharded over the mesh", "one mesh of one dimension"],
+    "bare": ["ValueError: parameter 0 is sharded over ranks", "give the optimizer the module itself"],
+    "precision": ["ValueError: 0.weight is kept in torch.float64 and run in torch.bfloat16", "torch.autocast"],
+    "offload": ["ValueError: 0.weight is offloaded to the CPU", "leave offload_policy out"],
+    "group": ["ValueError: process_group is of ranks", "leave process_group out"],
+    "base": ["ValueError: coupling='sample' with feedback=False", "torch.optim.SGD"],
+    "closure": ["StepError: ", "the model is sharded", "call loss.backward() in the closure"],
+    "unscaled": ["StepError: ", "the model is sharded", "leave out scaler.unscale_"],
+}
+
+
+def test_whole_gradients_are_kept_only_where_no_columns_are_read() -> None:
+    for rank in incidents():
+        assert rank["kept_gradients"] == {"heard": 11, "kept": ["block.scale"]}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_ways_of_sharding_that_do_not_go_are_refused_by_name(name: str) -> None:
+    for rank in incidents():
+        assert [part for part in REFUSED[name] if part not in rank["refused_shards"]["told"][name]] == []
 
 
 def test_a_wrapper_leaves_gradients_to_their_rank_as_long_as_the_optimizer_is_open() -> None:
@@ -123,3 +161,13 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes_on_any_number(tmp_pat
                 assert equal(rank["weights"], undisturbed[0]["weights"])
             for own, one in zip(rank["weights"], undisturbed[0]["weights"], strict=True):
                 torch.testing.assert_close(own, one, rtol=1e-10, atol=1e-10)
+
+
+def test_a_sharded_run_resumes_on_any_number_of_ranks_and_on_one_whole_model(tmp_path: Path) -> None:
+    saved = launch(SIZE, functools.partial(long_run, sharded=True), str(tmp_path), 0, STEPS, -1)
+    fewer = launch(SIZE - 1, functools.partial(long_run, sharded=True), str(tmp_path), KILLED, STEPS, -2)
+    whole = long_run(0, 1, str(tmp_path), KILLED, STEPS, -2)
+    for run in (*saved, *fewer, whole):
+        assert not any(run["told"])
+        for own, one in zip(run["weights"], saved[0]["weights"], strict=True):
+            torch.testing.assert_close(own, one, rtol=1e-10, atol=1e-10)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class OuterColumns(Columns):
         """S."""
         return self.v.shape[2]
 
+    @cached_property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """``v [R B S, out]`` and ``x [B S, fan_in]``."""
+        return self.v.flatten(0, 2), self.x.flatten(0, 1)
+
     def dense(self) -> DenseColumns:
         return DenseColumns(torch.einsum("rbso,bsi->rboi", self.v, self.x))
 
@@ -50,17 +56,21 @@ class OuterColumns(Columns):
         out, fan_in = self.v.shape[3], self.x.shape[2]
         if s > 1 and n * s * s * (out + fan_in) > (s + n) * out * fan_in:
             return self._gram_by_rows(inverse) if s < out + fan_in else self.dense().gram(inverse)
-        v, x = self.v.flatten(0, 2), self.x.flatten(0, 1)
+        v, x = self._rows
         v_solved, x_solved = self._solve(inverse)
-        inputs = symmetric_product(x, x_solved).view(self.batch, s, self.batch, s)
-        outputs = symmetric_product(v, v_solved).view(self.count, self.batch, s, self.count, self.batch, s)
+        if n == v.shape[0] == x.shape[0]:
+            gram = symmetric_product((v, v_solved), (x, x_solved))
+            return gram.mul_(inverse.scale) if inverse.scale != 1.0 else gram
+        inputs = symmetric_product((x, x_solved)).view(self.batch, s, self.batch, s)
+        outputs = symmetric_product((v, v_solved)).view(self.count, self.batch, s, self.count, self.batch, s)
         gram = (outputs * inputs[None, :, :, None]).sum((2, 5)) if s > 1 else _hadamard(outputs, inputs)
         return gram.reshape(n, n).mul_(inverse.scale) if inverse.scale != 1.0 else gram.reshape(n, n)
 
     def _solve(self, inverse: Separable) -> tuple[Tensor, Tensor]:
         """``v S^-1 [R B S, out]`` and ``x A^-1 [B S, fan_in]``; the Gram matrix and then the update ask for them."""
         if id(inverse) not in self._solved:
-            solved = times(self.v.flatten(0, 2), inverse.out), times(self.x.flatten(0, 1), inverse.fan_in)
+            v, x = self._rows
+            solved = times(v, inverse.out), times(x, inverse.fan_in)
             self._solved.clear()
             self._solved[id(inverse)] = (inverse, *solved)
         return self._solved[id(inverse)][1:]
@@ -75,7 +85,7 @@ class OuterColumns(Columns):
         for start in range(0, self.v.shape[3], rows):
             part = slice(start, start + rows)
             u, m = self.v[..., part].mT @ self.x, v_solved[..., part].mT @ x_solved
-            gram += symmetric_product(u.view(n, -1), m.view(n, -1))
+            gram += symmetric_product((u.view(n, -1), m.view(n, -1)))
         return gram * inverse.scale
 
     def _rotated_gram(self, inverse: Rotated) -> Tensor:
@@ -86,7 +96,7 @@ class OuterColumns(Columns):
         rows = max(1, base.CHUNK // (len(v) * x.shape[1]))
         for start in range(0, v.shape[1], rows):
             u = (v[:, start : start + rows, None] * (x[:, None, :] * root[start : start + rows])).flatten(1)
-            gram += symmetric_product(u, u)
+            gram += symmetric_product((u, u))
         return gram
 
     def sample_gram(self, inverse: Inverse) -> Tensor:
@@ -123,10 +133,13 @@ class OuterColumns(Columns):
         if not isinstance(inverse, Separable) or not (few or id(inverse) in self._solved):
             return None
         v, x = self._solve(inverse)
-        return _combined(v.view(self.v.shape), weights * inverse.scale).flatten(0, 1), x
+        weights = weights if inverse.scale == 1.0 else weights * inverse.scale
+        if self.count == self.positions == 1:
+            return v * weights.to(v.dtype).view(-1, 1), x
+        return _combined(v.view(self.v.shape), weights).flatten(0, 1), x
 
     def moments(self) -> tuple[Moment, Moment]:
-        outputs, inputs = self.v.flatten(0, 2), self.x.flatten(0, 1)
+        outputs, inputs = self._rows
         return Moment(outputs, self.batch * self.positions), Moment(inputs, self.batch)
 
     def squares(self, out: Tensor | None, fan_in: Tensor | None) -> Tensor:

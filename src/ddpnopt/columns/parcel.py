@@ -33,7 +33,9 @@ class Label:
     @property
     def nbytes(self) -> int:
         """Length of the parcel, in bytes."""
-        return sum(prod(shape) * _dtype(name).itemsize for shape, name in zip(self.shapes, self.dtypes, strict=True))
+        return sum(
+            prod(shape) * dtype_named(name).itemsize for shape, name in zip(self.shapes, self.dtypes, strict=True)
+        )
 
     def nothing(self, device: torch.device) -> Columns:
         """Such columns of no samples."""
@@ -65,15 +67,17 @@ def taken_apart(columns: Columns) -> tuple[Label, list[Tensor]]:
 
 def as_bytes(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors' bytes, one after another."""
-    return torch.cat([tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in tensors])
+    # a lone number may have any stride, and be contiguous and flat
+    flat = [tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    return torch.cat([numbers.view(torch.uint8) for numbers in flat])
 
 
 def put_together(label: Label, data: Tensor, batch: int) -> Columns:
     """The inverse of :func:`taken_apart` and :func:`as_bytes`; ``batch``: how many samples the columns are of."""
     tensors, start = [], 0
     for shape, name in zip(label.shapes, label.dtypes, strict=True):
-        end = start + prod(shape) * _dtype(name).itemsize
-        tensors.append(data[start:end].clone().view(_dtype(name)).view(shape))  # a copy: dtypes ask for alignment
+        end = start + prod(shape) * dtype_named(name).itemsize
+        tensors.append(data[start:end].clone().view(dtype_named(name)).view(shape))  # a copy: dtypes ask for alignment
         start = end
     if label.form == "outer":
         return OuterColumns(tensors[0], tensors[1])
@@ -87,6 +91,7 @@ def _labelled(form: str, tensors: list[Tensor], height: int = 0) -> tuple[Label,
     return Label(form, tuple(tuple(tensor.shape) for tensor in tensors), names, height), tensors
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype that a label tells."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -32,7 +32,7 @@ class ScaledColumns(Columns):
         return self.columns.directional(direction) * self.scale
 
     def gram(self, inverse: Inverse) -> Tensor:
-        scale = self.scale.expand(self.count, -1).flatten()
+        scale = self.scale if self.count == 1 else self.scale.repeat(self.count)
         return self.columns.gram(inverse).mul_(scale[:, None]).mul_(scale)
 
     def sample_gram(self, inverse: Inverse) -> Tensor:

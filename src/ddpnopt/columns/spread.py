@@ -1,22 +1,26 @@
 """Columns of all ranks' samples that stay where they are: a rank has its own, and answers are summed or gathered.
 
 For gradients that are formed per sample, which are many numbers. What needs pairs of samples, the Gram matrix, is done
-by slices of the parameters: every rank gets its slice of all samples' gradients, ``(p - 1) / p`` of them in all instead
-of ``p - 1`` times as many, and the slices' Gram matrices add up.
+by slices: every rank gets its slice of all samples' gradients, times a root of ``M^-1`` so that slices do not meet,
+``(p - 1) / p`` of them in all instead of ``p - 1`` times as many, and the slices' Gram matrices add up. Float32 numbers
+are rounded on the way (:mod:`ddpnopt.columns.rounded`), a rank's own too, so that the Gram matrix is one of real rows,
+positive semi-definite. Nothing else is made from them: the update and the curvature come from whole numbers.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .. import linalg
 from ..errors import StepError
-from ..inverse import Inverse, LowRank, Rotated, Separable, Side, sandwich, times
+from ..inverse import Inverse, LowRank, Rotated, Separable, Side, sandwich
 from ..ranks import Ranks
 from .base import Columns, Diagonal, Moment, Spread, symmetric_product
 from .dense import DenseColumns
+from .rounded import BLOCK, BYTES, packed, unpacked
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,13 @@ class SpreadColumns(Columns):
         own: of this rank's.
         ranks: where the others are; all of them ask the same questions in the same order.
         counts: samples of each rank.
+        rounded: whether float32 numbers go out rounded for the Gram matrix.
     """
 
     own: Columns
     ranks: Ranks
     counts: tuple[int, ...]
+    rounded: bool = True
 
     @property
     def count(self) -> int:  # type: ignore[override]
@@ -54,18 +60,11 @@ class SpreadColumns(Columns):
         return self._gathered(self.own.directional(direction).mT).mT
 
     def gram(self, inverse: Inverse) -> Tensor:
-        values = sandwich(_root(inverse), self.own.dense().values, None)
-        rows = [len(part) for part in torch.arange(values.shape[2]).tensor_split(self.ranks.size)]
-        mine, width = rows[self.ranks.rank], self.count * values.shape[3]
-        slices = torch.cat([part.flatten() for part in values.split(rows, 2)])
-        lengths = [width * self.counts[self.ranks.rank] * n for n in rows]
-        parts = self.ranks.trade(slices, lengths, [width * n * mine for n in self.counts])
-        shape = [(self.count, n, mine, values.shape[3]) for n in self.counts]
-        whole = torch.cat([part.view(size) for part, size in zip(parts, shape, strict=True)], 1)
-        start = sum(rows[: self.ranks.rank])
-        left, right = _sides(inverse, whole, slice(start, start + mine))
-        part = symmetric_product(left.flatten(0, 1).flatten(1), right.flatten(0, 1).flatten(1))
-        return self._summed_symmetric(part)
+        values = _halved(inverse, self.own.dense().values).flatten(2)
+        rounds = self.rounded and values.dtype == torch.float32
+        traded = self._traded(packed(values) if rounds else values[..., None])
+        rows = (unpacked(traded) if rounds else traded[..., 0]).flatten(0, 1)
+        return self._summed_symmetric(symmetric_product((rows, rows)))
 
     def sample_gram(self, inverse: Inverse) -> Tensor:
         return self._gathered(self.own.sample_gram(inverse))
@@ -105,19 +104,29 @@ class SpreadColumns(Columns):
         return self.ranks.sum(squares * (own / self.batch) if own else torch.zeros_like(squares))
 
     def combined(self, weights: Tensor) -> "SpreadColumns":
-        return SpreadColumns(self.own.combined(weights[:, self._place]), self.ranks, self.counts)
+        return replace(self, own=self.own.combined(weights[:, self._place]))
 
     def multiplied(self, scale: Tensor) -> "SpreadColumns":
-        return SpreadColumns(self.own.multiplied(scale[self._place]), self.ranks, self.counts)
+        return replace(self, own=self.own.multiplied(scale[self._place]))
 
     def first(self, count: int) -> "SpreadColumns":
-        return SpreadColumns(self.own.first(count), self.ranks, self.counts)
+        return replace(self, own=self.own.first(count))
 
     def absent(self, batch: int) -> Columns:
         return self.own.absent(batch)
 
     def dense(self) -> DenseColumns:
         return DenseColumns(self._gathered(self.own.dense().values.transpose(0, 1)).transpose(0, 1))
+
+    def _traded(self, values: Tensor) -> Tensor:
+        """A slice ``[R, B, n, each]`` of all ranks' samples from ``values [R, B, P, each]`` of this rank's."""
+        sizes = [len(part) for part in torch.arange(values.shape[2]).tensor_split(self.ranks.size)]
+        mine, width = sizes[self.ranks.rank], self.count * values.shape[3]
+        slices = torch.cat([part.flatten() for part in values.split(sizes, 2)])
+        lengths = [width * self.counts[self.ranks.rank] * n for n in sizes]
+        parts = self.ranks.trade(slices, lengths, [width * n * mine for n in self.counts])
+        shapes = [(self.count, n, mine, values.shape[3]) for n in self.counts]
+        return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], 1)
 
     def _gathered(self, values: Tensor) -> Tensor:
         """``[B, ...]`` of all ranks' samples from ``[B, ...]`` of this rank's."""
@@ -139,41 +148,42 @@ class SpreadColumns(Columns):
         return Spread(self.ranks, places.view(self.count, self.batch, each)[:, self._place].flatten(), len(places))
 
 
-def spreads(shape: Sequence[int], counts: Sequence[int]) -> bool:
-    """Whether fewer numbers are sent, by the rank that sends most, if these formed gradients stay where they are.
+def spreads(shape: Sequence[int], dtype: torch.dtype, counts: Sequence[int], *, rounded: bool) -> bool:
+    """Whether fewer bytes are sent, by the rank that sends most, if these formed gradients stay where they are.
 
     Args:
         shape: ``[R, B, out, fan_in]`` on some rank.
+        dtype: theirs.
         counts: samples of each rank.
+        rounded: as in :class:`SpreadColumns`.
     """
     R, _, out, fan_in = shape
     p, own = len(counts), R * max(counts) * out * fan_in
     gathered = (p - 1) * own
     gram, update = (R * sum(counts)) ** 2 / 2, out * fan_in
-    return (p - 1) / p * (own + 2 * gram + 2 * update) < gathered
+    sent = BYTES / BLOCK / dtype.itemsize if rounded and dtype == torch.float32 else 1.0
+    return (p - 1) / p * (sent * own + 2 * gram + 2 * update) < gathered
 
 
-def _root(inverse: Inverse) -> Side:
-    """``L`` with ``L L'`` the part of ``M^-1`` that mixes rows, so that rows of ``L' U`` do not meet any more."""
-    assert isinstance(inverse, Separable | Rotated)
-    out = inverse.out
-    if isinstance(inverse, Rotated) or out is None:
-        return out
-    if isinstance(out, LowRank):
-        root = out.rest.sqrt()
-        return LowRank(out.basis, (out.weights + out.rest).sqrt() - root, root)
-    if out.ndim == 1:
-        return out.sqrt()
-    factor, _ = linalg.cholesky(out)
+def _halved(inverse: Inverse, values: Tensor) -> Tensor:
+    """``w [R, B, out, fan_in]`` with ``w_m' w_n = U_m' M^-1 U_n``: numbers that do not meet any more, of like size."""
+    if isinstance(inverse, Rotated):
+        return inverse.rotate(values) * inverse.diagonal.rsqrt()
+    assert isinstance(inverse, Separable)
+    halved = sandwich(_root(inverse.out), values, _root(inverse.fan_in))
+    return halved if inverse.scale == 1.0 else halved * math.sqrt(inverse.scale)
+
+
+def _root(side: Side) -> Side:
+    """``L`` with ``L L' = side``."""
+    if side is None:
+        return None
+    if isinstance(side, LowRank):
+        root = side.rest.sqrt()
+        return LowRank(side.basis, (side.weights + side.rest).sqrt() - root, root)
+    if side.ndim == 1:
+        return side.sqrt()
+    factor, _ = linalg.cholesky(side.double())  # in float32 an inverse may be indefinite, and would get a jitter
     if factor is None:
         raise StepError("the inverse of a layer's curvature is not positive definite: raise the curvature's damping")
-    return factor.to(out.dtype)
-
-
-def _sides(inverse: Inverse, values: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Two factors of the Gram matrix of some rows ``values [R, N, rows, fan_in]`` of ``L' U``."""
-    if isinstance(inverse, Rotated):
-        turned = times(values, inverse.fan_in)
-        return turned, turned / inverse.diagonal[rows]
-    assert isinstance(inverse, Separable)
-    return values, times(values, inverse.fan_in) * inverse.scale
+    return factor.to(side.dtype)

@@ -1,5 +1,6 @@
 """The program ``ddpnopt``: runs a command, and turns what goes wrong into one line and an exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,13 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        from ddpnopt.experiments import commands
+        from ddpnopt.experiments import commands, team
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
         return _say(f"{error.name} is not installed; the command line needs: pip install 'ddpnopt[experiments]'")
     try:
-        return commands.parse(words or ["--help"]).run()
+        return commands.run(words or ["--help"])
+    except team.ElsewhereError:
+        return _MISUSE
     except ValueError as error:
         return _say(" ".join(str(error).split()))
     except OSError as error:  # full disk, no permission: the system's words name the file
@@ -35,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str, code: int = _MISUSE) -> int:
-    print(f"ddpnopt: {text}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # set by a launcher of several processes
+    print(f"ddpnopt: {f'rank {rank}: ' * (rank != '0')}{text}", file=sys.stderr)
     return code
 
 

@@ -3,6 +3,7 @@
 import shlex
 import signal
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from itertools import count
 from pathlib import Path
@@ -18,10 +19,11 @@ from ddpnopt.experiments.data import Dataset
 from ddpnopt.experiments.data.commands import Data
 from ddpnopt.experiments.interrupt import StoppedError, StopRequest
 from ddpnopt.experiments.paper import commands as paper
-from ddpnopt.experiments.progress import Display
+from ddpnopt.experiments.progress import Display, Reporter, Silent
 from ddpnopt.experiments.report import comparison as report
 from ddpnopt.experiments.report.tables import terminal_table, verdict
 from ddpnopt.experiments.runs import Result
+from ddpnopt.experiments.team import Team, join, launched
 from ddpnopt.experiments.train import total_steps, train
 
 _INTERRUPTED = 128  # plus the signal's number: a shell's convention for the exit code
@@ -49,8 +51,9 @@ class Train:
     """Continue the run in this folder, with its settings, bit-exactly; only --data may stand beside it."""
 
     def run(self) -> int:
-        """Train; returns the exit code."""
-        return _train(self)
+        """Train, on every rank that a launcher has started; returns the exit code."""
+        with join() as team:
+            return _train(self, team)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,22 @@ class Command(Protocol):
         """Carry it out; returns the exit code."""
 
 
+def run(arguments: Sequence[str]) -> int:
+    """Read the command line (:func:`parse`) and carry it out.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: a launcher started several processes of a command that does not share its work out among them.
+    """
+    command = parse(arguments)
+    if launched() and not isinstance(command, Train):
+        with join() as team, team.together():
+            raise ValueError("of all commands only train runs on several ranks; start this one without the launcher")
+    return command.run()
+
+
 def parse(arguments: Sequence[str]) -> Command:
     """Read the command line; help and misuse end the program as usual, with codes 0 and 2."""
     parsed: Command = tyro.extras.subcommand_cli_from_dict(
@@ -92,21 +111,25 @@ def parse(arguments: Sequence[str]) -> Command:
     return parsed
 
 
-def _train(command: Train) -> int:
-    config, folder = _train_target(command)
-    dataset = data.load(config.dataset, command.data)
-    if runs.finished(folder) is not None:
+def _train(command: Train, team: Team) -> int:
+    config, folder = team.from_first(lambda: _train_target(command))
+    with team.together():
+        dataset = data.load(config.dataset, command.data)
+    if team.leads and runs.finished(folder) is not None:
         print(f"{folder} is finished already; its result:")
-    with StopRequest() as stop, Display(f"{config.dataset} {config.optimizer}") as display:
+    label = f"{config.dataset} {config.optimizer}"
+    shown: AbstractContextManager[Reporter] = Display(label) if team.leads else nullcontext(Silent())
+    with StopRequest(patient=team.size > 1) as stop, shown as display:
         try:
-            result = train(config, folder, dataset, display, stop)
+            result = train(config, folder, dataset, display, stop, team)
         except (StoppedError, KeyboardInterrupt) as error:
             words = ["ddpnopt", "train", "--resume", str(folder)]
             words += [] if command.data is None else ["--data", str(command.data)]
             where = str(error) or "stopped inside a step; the last checkpoint holds"
             display.line(f"ddpnopt: {where}\ncontinue with: {shlex.join(words)}")
             return _INTERRUPTED + (stop.signal or signal.SIGINT)
-    _print_result(config, folder, dataset, result)
+    if team.leads:
+        _print_result(config, folder, dataset, result)
     return 0
 
 

@@ -13,11 +13,11 @@ import torch
 import ddpnopt
 
 _PACKAGE = Path(ddpnopt.__file__).parent
-_DECIDES_NUMBERS = ("config", "data", "job", "models", "optimizers", "train")  # of experiments/
+_DECIDES_NUMBERS = ("config", "data", "job", "models", "optimizers", "team", "train")  # of experiments/
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """Describe the software, and the ``threads`` a run uses; every value is a string, a number or None."""
+def environment(threads: int, ranks: int = 1) -> dict[str, Any]:
+    """Describe the software, and a run's ``threads`` and ``ranks``; every value is a string, a number or None."""
     return {
         "ddpnopt": version("ddpnopt"),
         "code": code(),
@@ -30,6 +30,7 @@ def environment(threads: int) -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
+        "ranks": ranks,
     }
 
 

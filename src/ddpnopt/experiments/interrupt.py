@@ -23,11 +23,15 @@ class StoppedError(Exception):
 class StopRequest:
     """Context in which Ctrl-C and SIGTERM are noted instead of obeyed at once; a second one is obeyed.
 
+    Args:
+        patient: whether a second one is not obeyed either: a launcher passes on what the terminal has sent already.
+
     Call the object to learn whether a stop was asked for. Signals reach the main thread only, so enter the
     context there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self._patient = patient
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -47,7 +51,8 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        self._restore()
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         while self._before:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from ddpnopt.experiments import files, models, optimizers
 from ddpnopt.experiments.config import TrainConfig
 from ddpnopt.experiments.data import Source
 from ddpnopt.experiments.runs import differences
+from ddpnopt.experiments.team import Team
 
 
 @dataclass
@@ -59,24 +61,32 @@ def save(job: Job, config: TrainConfig, folder: Path, metrics: files.Metrics) ->
     )
 
 
-def restore(job: Job, config: TrainConfig, folder: Path) -> int:
-    """Bring a new job, and torch's random state, to the folder's checkpoint, if there is one.
+def restore(job: Job, config: TrainConfig, folder: Path, team: Team) -> int:
+    """Bring a new job, and torch's random state, to the folder's checkpoint, if rank 0 finds one.
 
     Returns:
         How many bytes of ``metrics.jsonl`` belong to the checkpoint; 0 without one.
     """
+    saved = team.from_first(lambda: _read(config, folder))
+    if saved is None:
+        return 0
+    with team.together():
+        job.model.load_state_dict(saved["model"])
+        job.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+        job.step, job.seconds, job.pending = saved["step"], saved["seconds"], list(saved["pending"])
+        return int(saved["metrics_size"])
+
+
+def _read(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     path = folder / files.CHECKPOINT
     if not path.exists():
-        return 0
+        return None
     saved = files.load_checkpoint(path)
     changed = differences(saved["config"], asdict(config))
     if changed:
         raise ValueError(f"{path} was made with other settings ({changed}); restore {files.CONFIG}")
-    job.model.load_state_dict(saved["model"])
-    job.optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["random"])
-    job.step, job.seconds, job.pending = saved["step"], saved["seconds"], list(saved["pending"])
-    return int(saved["metrics_size"])
+    return saved
 
 
 @contextmanager

@@ -40,6 +40,12 @@ def build(config: TrainConfig, model: nn.Module, criterion: nn.Module) -> torch.
             return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=decay)
 
 
+def reads_gradients(config: TrainConfig) -> bool:
+    """Whether the optimizer reads ``.grad``, which on several ranks then has to be the whole batch's."""
+    adapted = config.coupling == "sample" and not config.feedback and config.curvature in ("identity", "adaptive")
+    return config.optimizer != "ddpnopt" or adapted
+
+
 def _ddpnopt(config: TrainConfig, model: nn.Module, criterion: nn.Module) -> torch.optim.Optimizer:
     curvature = _CURVATURES[config.curvature]()
     if config.damping is not None:

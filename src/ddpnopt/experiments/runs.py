@@ -33,20 +33,21 @@ class Result:
     seconds: float
 
 
-def prepare(config: TrainConfig, folder: Path) -> str | None:
+def prepare(config: TrainConfig, folder: Path, ranks: int = 1) -> str | None:
     """Make the folder of a run, or check that an existing one belongs to it.
 
     Args:
         config: resolved settings.
         folder: the run folder.
+        ranks: processes that share each batch.
 
     Returns:
-        A note where an unfinished run began with other versions or other code than it would go on with.
+        A note where an unfinished run began with other versions, code or ranks than it would go on with.
 
     Raises:
         ValueError: the folder holds a run with other settings.
     """
-    path, now = folder / files.CONFIG, environment(config.threads)
+    path, now = folder / files.CONFIG, environment(config.threads, ranks)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / files.ENVIRONMENT, now)
@@ -58,7 +59,7 @@ def prepare(config: TrainConfig, folder: Path) -> str | None:
     other = differences(files.read_json(folder / files.ENVIRONMENT), now)
     if not other or (folder / files.RESULT).exists():
         return None
-    return f"note: this run began with other software ({other}); bit-exact continuation is not promised"
+    return f"note: this run began otherwise ({other}); bit-exact continuation is not promised"
 
 
 def read_config(folder: Path) -> TrainConfig:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import ddpnopt
-from ddpnopt.experiments import files, runs
+from ddpnopt.experiments import files, optimizers, runs
 from ddpnopt.experiments.config import TrainConfig, resolve
 from ddpnopt.experiments.data import Dataset, Part
 from ddpnopt.experiments.interrupt import StoppedError
 from ddpnopt.experiments.job import Job, own_random_state, restore, save, start
 from ddpnopt.experiments.progress import Reporter, Silent
 from ddpnopt.experiments.runs import Result
+from ddpnopt.experiments.team import ALONE, Team
 
 _EVALUATION_BATCH = 2048
 
@@ -28,6 +29,7 @@ def train(
     dataset: Dataset,
     reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
+    team: Team = ALONE,
 ) -> Result:
     """Run, or continue, a training run to its end; a finished run is read back and not repeated.
 
@@ -37,22 +39,22 @@ def train(
         dataset: the loaded dataset that ``config`` names.
         reporter: is told of every step and epoch; default nobody.
         stop: asked after each step; on True the run is checkpointed and :class:`StoppedError` raised.
+        team: the processes that share each batch, every one of which calls this; default this one alone. The folder is
+            rank 0's, and so is the reporter that is told anything worth telling.
     """
     config, reporter = resolve(config), reporter or Silent()
-    note = runs.prepare(config, folder)
-    done = runs.finished(folder)
+    note, done = team.from_first(lambda: (runs.prepare(config, folder, team.size), runs.finished(folder)))
     if done is not None:
         return done
     if note:
         reporter.line(note)
     with own_random_state(config.seed, config.threads):
-        job = start(config, dataset.source)
-        kept = restore(job, config, folder)
-        with closing(files.Metrics(folder / files.METRICS, kept)) as metrics:
-            reason = _loop(job, config, dataset, metrics, folder, reporter, stop)
-        result = _result(job, dataset, reason)
-    runs.finish(folder, result)
-    return result
+        with team.together():
+            job = start(config, dataset.source)
+        kept = restore(job, config, folder, team)
+        with _metrics(folder, kept, team) as metrics:
+            reason = _loop(job, config, dataset, metrics, folder, reporter, stop, team)
+        return team.from_first(lambda: _finish(job, dataset, reason, folder))
 
 
 def total_steps(config: TrainConfig, samples: int) -> int:
@@ -99,42 +101,70 @@ def _steps_per_epoch(config: TrainConfig, samples: int) -> int:
     return math.ceil(samples / int(config.batch_size or 1))
 
 
+@contextmanager
+def _metrics(folder: Path, kept: int, team: Team) -> Iterator[files.Metrics | None]:
+    """The file of metrics, which rank 0 alone writes."""
+    if not team.leads:
+        yield None
+        return
+    with team.together():
+        opened = files.Metrics(folder / files.METRICS, kept)
+    with closing(opened):
+        yield opened
+
+
 def _loop(
     job: Job,
     config: TrainConfig,
     dataset: Dataset,
-    metrics: files.Metrics,
+    metrics: files.Metrics | None,
     folder: Path,
     reporter: Reporter,
     stop: Callable[[], bool],
+    team: Team,
 ) -> str | None:
     """Take the remaining steps; returns why the run diverged, or None."""
     samples = len(dataset.train)
     total = total_steps(config, samples)
+    reads = optimizers.reads_gradients(config)
     for rows in batches(config, samples, job.step):
-        try:
-            loss = _step(job, dataset.train.x[rows], dataset.train.y[rows])
-        except _DivergedError as reason:
-            return f"step {job.step + 1}: {reason}"
-        reporter.step(job.step, total, loss)
-        _log(job, config, dataset, metrics, reporter)
-        stopped = stop() and job.step < total
-        if stopped or job.step % config.checkpoint_every == 0 or job.step == total:
-            save(job, config, folder, metrics)
+        reason, own = None, team.own(rows)
+        share = len(own) / len(rows)
+        if reads and not share:
+            own = rows[:1]  # of no weight: an optimizer that does not know of the others would refuse no samples
+        with team.together():
+            try:
+                loss = _step(job, dataset.train.x[own], dataset.train.y[own], share, team, reads)
+                reporter.step(job.step, total, loss)
+                if metrics is not None:
+                    _log(job, config, dataset, metrics, reporter)
+            except _DivergedError as error:
+                reason = f"step {job.step + 1}: {error}"
+        words = team.agree(2.0 if reason is not None else float(stop()))
+        if (words == 2).any():
+            return reason or f"step {job.step}: refused by rank {int(words.argmax())}"
+        stopped = bool(words.any()) and job.step < total
+        with team.together():
+            due = stopped or job.step % config.checkpoint_every == 0 or job.step == total
+            if due and metrics is not None:
+                save(job, config, folder, metrics)
         if stopped:
+            team.agree()  # that the checkpoint is written
             raise StoppedError(folder, job.step, total)
     return None
 
 
-def _step(job: Job, x: Tensor, y: Tensor) -> float:
-    """One training step, timed; returns the batch's loss before it."""
+def _step(job: Job, x: Tensor, y: Tensor, share: float, team: Team, reads_gradients: bool) -> float:
+    """One training step on this rank's share of the batch, timed; returns the whole batch's loss before it."""
     began = time.perf_counter()
     job.optimizer.zero_grad()
     loss = job.criterion(job.model(x), y)
-    value = float(loss.detach())
+    loss.backward()
+    value = team.mean(float(loss.detach()), share)
     if not math.isfinite(value):
         raise _DivergedError(f"the loss is {value}")
-    loss.backward()
+    if reads_gradients:
+        team.average_gradients(job.model, share)
     try:
         job.optimizer.step()
     except ddpnopt.StepError as error:
@@ -172,11 +202,12 @@ def _log(job: Job, config: TrainConfig, dataset: Dataset, metrics: files.Metrics
         )
 
 
-def _result(job: Job, dataset: Dataset, reason: str | None) -> Result:
+def _finish(job: Job, dataset: Dataset, reason: str | None, folder: Path) -> Result:
+    """Measure the last weights and record how the run ended."""
     loss, train_accuracy = evaluate(job.model, job.criterion, dataset.train)
     if reason is None and not math.isfinite(loss):
         reason = f"the loss over the training data is {loss} at the end"
-    return Result(
+    result = Result(
         status="finished" if reason is None else "diverged",
         reason=reason,
         steps=job.step,
@@ -186,6 +217,8 @@ def _result(job: Job, dataset: Dataset, reason: str | None) -> Result:
         test_accuracy=evaluate(job.model, job.criterion, dataset.test)[1],
         seconds=job.seconds,
     )
+    runs.finish(folder, result)
+    return result
 
 
 def _finite(value: float) -> float | None:

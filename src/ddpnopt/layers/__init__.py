@@ -1,5 +1,7 @@
 """Layer rules: from one call of a module to its parameters' column gradients."""
 
+import sys
+
 from torch import nn
 
 from .attention import AttentionRule
@@ -37,7 +39,11 @@ _GENERIC = GenericRule()
 
 def rule_for(module: nn.Module) -> LayerRule:
     """Return the rule of a module's exact type (a subclass may compute something else), or the generic one."""
-    return _RULES.get(type(module), _GENERIC)
+    kind = type(module)
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if sharded is not None and kind.__mro__[1] is sharded:  # fully_shard has put a class of its own in front
+        kind = kind.__mro__[2]
+    return _RULES.get(kind, _GENERIC)
 
 
 __all__ = ["Block", "Call", "LayerRule", "Layout", "is_batch", "mixes_samples", "rule_for"]

@@ -6,7 +6,7 @@ It turns them into one :class:`~ddpnopt.columns.Columns` per block; everything e
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +22,20 @@ class Block:
     Args:
         names: parameter names within the module, the weight before the bias; a bias is the matrix's last column.
         parameters: the parameters, in the same order.
+        held: whole parameters by those that are pieces of them, while a step has them (:mod:`ddpnopt.sharded`).
     """
 
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
+    held: Mapping[nn.Parameter, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The parameters' values, whole."""
+        return [self.held.get(parameter, parameter) for parameter in self.parameters]
+
+    def __hash__(self) -> int:
+        return id(self.parameters[0])  # a block is asked for many times a step, and parameters hash slowly
 
     def matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like the parameters as one matrix ``[out, fan_in]``."""
@@ -40,11 +50,11 @@ class Block:
 
     def sides(self) -> list[Tensor]:
         """The parameters themselves as matrices ``[out, n]``, side by side the block's: writing moves them."""
-        return [_as_matrix(parameter.detach()) for parameter in self.parameters]
+        return [_as_matrix(tensor.detach()) for tensor in self.tensors]
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of :meth:`matrix`."""
-        widths = [_as_matrix(parameter).shape[1] for parameter in self.parameters]
+        widths = [_as_matrix(tensor).shape[1] for tensor in self.tensors]
         return [
             side.reshape(parameter.shape)
             for side, parameter in zip(matrix.split(widths, 1), self.parameters, strict=True)
@@ -76,6 +86,9 @@ class BatchDims:
     outputs: tuple[int, ...] = (0,)
 
 
+_FIRST = BatchDims()
+
+
 class LayerRule(ABC):
     """How one kind of module answers; see the module's docstring. Rules have no state."""
 
@@ -103,7 +116,7 @@ class LayerRule(ABC):
 
     def batch_dims(self, module: nn.Module) -> BatchDims:
         """Where the batch is in the module's inputs and outputs."""
-        return BatchDims()
+        return _FIRST
 
     def draws(self, module: nn.Module) -> bool:
         """Whether :meth:`columns` draws the random numbers of the module's run again (dropout inside)."""

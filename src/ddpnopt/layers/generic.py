@@ -23,13 +23,11 @@ class GenericRule(LayerRule):
         return [(name,) for name in trained]
 
     def columns(self, module: nn.Module, blocks: Sequence[Block], call: Call) -> list[Columns]:
-        parameters = {
-            name: p.detach() for block in blocks for name, p in zip(block.names, block.parameters, strict=True)
-        }
+        parameters = {name: p.detach() for block in blocks for name, p in zip(block.names, block.tensors, strict=True)}
         gradients = per_sample_gradients(module, parameters, call)
 
         def columns_of(block: Block) -> Columns:
-            values = gradients[block.names[0]].flatten(2).unflatten(2, block.matrix(block.parameters).shape)
+            values = gradients[block.names[0]].flatten(2).unflatten(2, block.matrix(block.tensors).shape)
             return DenseColumns(values.to(torch.promote_types(values.dtype, torch.float32)))
 
         return [columns_of(block) for block in blocks]

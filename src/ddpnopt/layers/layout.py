@@ -32,6 +32,8 @@ class Layout:
         sides = rule.batch_dims(module)
         given = sides.inputs if inputs else sides.outputs
         dims = [given[min(i, len(given) - 1)] for i in range(len(tensors))]
+        if not self._second and not self._either:
+            return dims
         if module in self._second and (isinstance(module, LAYERS | STACKS) or rule.name == "generic"):
             return [int(x.ndim > 2) for x in tensors]
         if not rule.positionwise(module):

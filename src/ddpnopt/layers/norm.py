@@ -76,5 +76,5 @@ def _per_parameter(module: nn.Module, values: Tensor) -> Tensor:
 
 
 def _shape(block: Block) -> tuple[int, int]:
-    matrix = block.matrix(block.parameters)
+    matrix = block.matrix(block.tensors)
     return matrix.shape[0], matrix.shape[1]

@@ -11,8 +11,8 @@ from ddpnopt.experiments.paper import cost, policy, training, vanishing
 from ddpnopt.experiments.study.task import Kind, Task
 
 _DATA = ("data/bundled", "data/entry", "data/formats", "data/loading", "data/published")
-_TRAINING = (*_DATA, "job", "train", "paper/training", "paper/methods", "paper/problems", "paper/networks")
-_COST = ("job", "paper/cost", "paper/methods", "paper/networks")
+_TRAINING = (*_DATA, "job", "team", "train", "paper/training", "paper/methods", "paper/problems", "paper/networks")
+_COST = ("job", "team", "paper/cost", "paper/methods", "paper/networks")
 KINDS: Mapping[str, Kind] = {
     "train": Kind(training.run, modules=_TRAINING),
     "time": Kind(cost.run_time, modules=_COST, alone=True),

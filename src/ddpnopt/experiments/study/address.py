@@ -35,7 +35,7 @@ def connect(address: str) -> Engine:
     except (ArgumentError, NoSuchModuleError):
         raise ValueError(f"the storage's address cannot be read; {forms}") from None
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; install it with pip install 'ddpnopt[postgres]'") from error
+        raise ValueError(f"{error.name} is not installed: pip install 'ddpnopt[experiments]'") from error
 
 
 def make_tables(make: Callable[[], _Made], also: type[Exception] = DBAPIError) -> _Made:
