@@ -91,7 +91,7 @@ def _sgd(model: Any, ranks: Ranks, dtype: torch.dtype = torch.float32) -> torch.
 
 
 def _ddpnopt(model: Any, ranks: Ranks, coupling: Batch | None = None) -> torch.optim.Optimizer:
-    optimizer = DDPNOpt(model, coupling=coupling or Batch())
+    optimizer = DDPNOpt(model, coupling=coupling or Batch(), momentum=0.0)
     optimizer.traffic = ranks.traffic
     return optimizer
 
@@ -167,7 +167,7 @@ def trained(rank: int, size: int, lr: float, local: bool, steps: int) -> tuple[T
     x, y = torch.as_tensor(data.x), torch.as_tensor(data.y)
     torch.manual_seed(0)
     model, criterion = fcn((64,), 32, 10, "tanh"), nn.CrossEntropyLoss()
-    optimizer = DDPNOpt(model, lr, coupling=Batch(local=local))
+    optimizer = DDPNOpt(model, lr, coupling=Batch(local=local), momentum=0.0)
     start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     update = start
     for step in range(steps):

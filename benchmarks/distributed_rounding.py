@@ -88,7 +88,7 @@ def places(network: str, lr: float, size: int, after: Sequence[int], batches: in
         return x[picked], y[picked]
 
     model = seeded(make, 0)
-    optimizer, found = DDPNOpt(model, lr), []
+    optimizer, found = DDPNOpt(model, lr, momentum=0.0), []
     for step in range(max(after) + 1):
         if step in after:
             held = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -106,7 +106,7 @@ def updates(
         for x, y in place.batches:
             model = NETWORKS[network][1]()
             model.load_state_dict(place.weights)
-            optimizer = DDPNOpt(model.to(dtype), lr, coupling=coupling)
+            optimizer = DDPNOpt(model.to(dtype), lr, coupling=coupling, momentum=0.0)
             optimizer.load_state_dict(_in(dtype, place.state))
             before = nn.utils.parameters_to_vector(model.parameters()).detach().double()
             _step(model, optimizer, (x.to(dtype).tensor_split(size)[rank], y.tensor_split(size)[rank]))

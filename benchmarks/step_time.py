@@ -106,10 +106,10 @@ OPTIMIZERS: Mapping[str, Make] = {
     "Adam, fused": lambda model: torch.optim.Adam(model.parameters(), fused=True),
     "EKFAC": lambda model: EKFAC(model, 0.01),
     "EMSA": lambda model: EMSA(model, rho=1.0),
-    "Kronecker": lambda model: DDPNOpt(model),
-    "Identity": lambda model: DDPNOpt(model, curvature=Identity()),
-    "Adaptive": lambda model: DDPNOpt(model, curvature=Adaptive()),
-    "EigenKronecker": lambda model: DDPNOpt(model, curvature=EigenKronecker()),
+    "Kronecker": lambda model: DDPNOpt(model, momentum=0.0),
+    "Identity": lambda model: DDPNOpt(model, curvature=Identity(), momentum=0.0),
+    "Adaptive": lambda model: DDPNOpt(model, curvature=Adaptive(), momentum=0.0),
+    "EigenKronecker": lambda model: DDPNOpt(model, curvature=EigenKronecker(), momentum=0.0),
 }
 
 
@@ -301,7 +301,7 @@ not listed for a network would take more than ten times as long there. Where the
 [cost.md](../cost.md).
 
 {tables}
-`Kronecker` is DDPNOpt's default,
+`Kronecker` is the default curvature, here without the default momentum,
 `{Kronecker()!r}`;
 terminal `Gradient()`, coupling `"batch"`. The other names are curvatures of DDPNOpt, but for the rivals `Adam`, `EKFAC`
 and `EMSA`.

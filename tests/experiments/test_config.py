@@ -12,7 +12,8 @@ from ddpnopt.experiments.data import DATASETS
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "lr", "momentum"), [("ddpnopt", 0.1, 0), ("sgd", 0.1, 0.9), ("rmsprop", 0.001, 0), ("adam", 0.001, 0)]
+    ("optimizer", "lr", "momentum"),
+    [("ddpnopt", 0.1, 0.5), ("sgd", 0.1, 0.9), ("rmsprop", 0.001, 0), ("adam", 0.001, 0)],
 )
 def test_defaults_are_filled_in(optimizer: Any, lr: float, momentum: float) -> None:
     config = resolve(TrainConfig("DIGITS", optimizer=optimizer))

@@ -87,7 +87,12 @@ def _vanilla(setup: Setup, params: Params) -> torch.optim.Optimizer:
     """Vanilla DDP in the joint batch's own coordinates: the step of ``VanillaDDP(damping=0)``, at its exact Q_uu."""
     curvature, terminal = ddpnopt.Identity(damping=params["damping"]), ddpnopt.Exact(setup.criterion)
     return ddpnopt.DDPNOpt(
-        setup.model, params["lr"], curvature=curvature, terminal=terminal, weight_decay=setup.weight_decay
+        setup.model,
+        params["lr"],
+        curvature=curvature,
+        terminal=terminal,
+        momentum=0.0,
+        weight_decay=setup.weight_decay,
     )
 
 
@@ -97,6 +102,7 @@ def _batch(setup: Setup, params: Params) -> torch.optim.Optimizer:
         params["lr"],
         curvature=ddpnopt.Kronecker(damping=params["damping"]),
         feedback=bool(params.get("feedback", 1.0)),
+        momentum=0.0,
         weight_decay=setup.weight_decay,
     )
 

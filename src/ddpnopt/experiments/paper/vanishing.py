@@ -47,6 +47,7 @@ def _batch_exact(setup: Setup, params: Params) -> torch.optim.Optimizer:
         params["lr"],
         curvature=ddpnopt.Kronecker(damping=params["damping"]),
         terminal=ddpnopt.Exact(setup.criterion),
+        momentum=0.0,
     )
 
 
