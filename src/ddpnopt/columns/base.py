@@ -63,8 +63,14 @@ class Moment:
     def matrix(self) -> Tensor:
         """The factor; only its diagonal, as a vector, if it is wider than ``WIDEST``."""
         wide = self.side > WIDEST
-        own = self.rows.square().sum(0) if wide else self.rows.mT @ self.rows
-        return self._summed(own * self.scale / self.count)
+        own = (self.rows.square().sum(0) if wide else self.rows.mT @ self.rows) * (self.scale / self.count)
+        return (
+            own
+            if self.spread is None
+            else self.spread.ranks.sum(own)
+            if wide
+            else sum_symmetric(self.spread.ranks, own)
+        )
 
     def times(self, values: Tensor) -> Tensor:
         """The factor times ``values [side, c]``."""
@@ -173,6 +179,16 @@ class Columns(ABC):
     def beside(self, others: Sequence[Columns]) -> Columns | None:
         """These and then the columns of other batches, ``None`` if that has no better form than the dense one."""
         return None
+
+
+def sum_symmetric(ranks: Ranks, matrix: Tensor) -> Tensor:
+    """The sum over ranks of symmetric matrices, of which only half is sent."""
+    rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
+    half = ranks.sum(matrix[rows, columns])
+    whole = matrix.new_empty(matrix.shape)
+    whole[rows, columns] = half
+    whole[columns, rows] = half
+    return whole
 
 
 def add_(control: Sequence[Tensor], direction: Tensor, alpha: float) -> None:

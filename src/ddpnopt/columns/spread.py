@@ -18,7 +18,7 @@ from .. import linalg
 from ..errors import StepError
 from ..inverse import Inverse, LowRank, Rotated, Separable, Side, sandwich
 from ..ranks import Ranks
-from .base import Columns, Diagonal, Moment, Spread, symmetric_product
+from .base import Columns, Diagonal, Moment, Spread, sum_symmetric, symmetric_product
 from .dense import DenseColumns
 from .rounded import BLOCK, BYTES, packed, unpacked
 
@@ -64,7 +64,7 @@ class SpreadColumns(Columns):
         rounds = self.rounded and values.dtype == torch.float32
         traded = self._traded(packed(values) if rounds else values[..., None])
         rows = (unpacked(traded) if rounds else traded[..., 0]).flatten(0, 1)
-        return self._summed_symmetric(symmetric_product((rows, rows)))
+        return sum_symmetric(self.ranks, symmetric_product((rows, rows)))
 
     def sample_gram(self, inverse: Inverse) -> Tensor:
         return self._gathered(self.own.sample_gram(inverse))
@@ -133,14 +133,6 @@ class SpreadColumns(Columns):
         each = values[0].numel() if len(values) else values.shape[1:].numel()
         parts = self.ranks.gather(values.flatten(), [each * n for n in self.counts])
         return torch.cat([part.view(n, *values.shape[1:]) for part, n in zip(parts, self.counts, strict=True)])
-
-    def _summed_symmetric(self, matrix: Tensor) -> Tensor:
-        rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
-        half = self.ranks.sum(matrix[rows, columns])
-        whole = matrix.new_empty(matrix.shape)
-        whole[rows, columns] = half
-        whole[columns, rows] = half
-        return whole
 
     def _spread(self, each: int) -> Spread:
         """Where this rank's rows are among all, with ``each`` rows to a column."""
