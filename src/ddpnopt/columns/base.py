@@ -200,24 +200,25 @@ def add_(control: Sequence[Tensor], direction: Tensor, alpha: float) -> None:
             part.copy_(part.to(own.dtype).add_(own, alpha=alpha))
 
 
-def symmetric_product(*pairs: tuple[Tensor, Tensor], solve: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
+def symmetric_product(*pairs: tuple[Tensor, Tensor], solve: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """``solve(left) right'`` for ``[n, side]`` that is known to be symmetric: for many rows half of it is computed.
 
-    Of several pairs ``(left, right)``, the elementwise product. ``solve`` gets some rows at a time, so that what it
-    makes of them stays in the processor's cache.
+    Of several pairs ``(left, right)``, without ``solve``, the elementwise product. ``solve`` gets some rows at a time,
+    so that what it makes of them stays in the processor's cache; default: ``left`` as it is.
     """
     (left, right), *others = pairs
     n = left.shape[0]
-    if n <= 2 * ROWS:
-        product = solve(left) @ right.mT
-        for left, right in others:
-            product.mul_(solve(left) @ right.mT)
+    if solve is None and n <= 2 * ROWS:
+        product = left @ right.mT
+        for more, against in others:
+            product.mul_(more @ against.mT)
         return product
     product = left.new_empty(n, n)
     for start in range(0, n, ROWS):
         end = min(start + ROWS, n)
-        part = torch.mm(solve(left[start:end]), right[:end].mT, out=product[start:end, :end])
+        rows = left[start:end] if solve is None else solve(left[start:end])
+        part = torch.mm(rows, right[:end].mT, out=product[start:end, :end])
         for more, against in others:
-            part.mul_(solve(more[start:end]) @ against[:end].mT)
+            part.mul_(more[start:end] @ against[:end].mT)
         product[:start, start:end] = part[:, :start].mT
     return product
