@@ -63,14 +63,9 @@ class Moment:
     def matrix(self) -> Tensor:
         """The factor; only its diagonal, as a vector, if it is wider than ``WIDEST``."""
         wide = self.side > WIDEST
-        own = (self.rows.square().sum(0) if wide else self.rows.mT @ self.rows) * (self.scale / self.count)
-        return (
-            own
-            if self.spread is None
-            else self.spread.ranks.sum(own)
-            if wide
-            else sum_symmetric(self.spread.ranks, own)
-        )
+        own = self.rows.square().sum(0) if wide else self.rows.mT @ self.rows
+        own = own * self.scale / self.count
+        return self._summed(own) if wide or self.spread is None else sum_symmetric(self.spread.ranks, own)
 
     def times(self, values: Tensor) -> Tensor:
         """The factor times ``values [side, c]``."""
