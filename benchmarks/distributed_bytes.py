@@ -91,7 +91,7 @@ def _sgd(model: Any, ranks: Ranks, dtype: torch.dtype = torch.float32) -> torch.
 
 
 def _ddpnopt(model: Any, ranks: Ranks, coupling: Batch | None = None) -> torch.optim.Optimizer:
-    optimizer = DDPNOpt(model, coupling=coupling or Batch(), momentum=0.0)
+    optimizer = DDPNOpt(model, coupling=coupling or Batch())
     optimizer.traffic = ranks.traffic
     return optimizer
 

@@ -24,9 +24,11 @@ def plain(optimizer: DDPNOpt, case: Case, criterion: nn.Module) -> None:
     optimizer.step()
 
 
-def trained(step: Step, steps: int = 4, network: str = "mlp", **settings: Any) -> list[Tensor]:
+def trained(step: Step, steps: int = 4, network: str = "mlp", smooth: bool = False, **settings: Any) -> list[Tensor]:
     torch.manual_seed(5)
     case, criterion = NETWORKS[network](), nn.CrossEntropyLoss()
+    if smooth:
+        case.model[3] = nn.Tanh()
     optimizer = DDPNOpt(case.model, **settings)
     for _ in range(steps):
         step(optimizer, case, criterion)
@@ -255,11 +257,11 @@ def test_autocast_is_near_full_precision(dtype: torch.dtype, network: str, form:
         loss(case, criterion).backward()
         optimizer.step()
 
-    found, wanted = trained(step, 3, network), trained(plain, 3, network)
-    start = trained(plain, 0, network)
+    # at a ReLU's kink the last bit decides which way a sample goes
+    found, wanted, start = (trained(own, n, network, smooth=True) for own, n in ((step, 3), (plain, 3), (plain, 0)))
     for new, full, old in zip(found, wanted, start, strict=True):
         assert new.dtype == torch.float32
-        assert (new - full).norm() < 0.15 * (full - old).norm()
+        assert (new - full).norm() < 0.05 * (full - old).norm()
 
 
 def scaled(optimizer: DDPNOpt, case: Case, loss: Tensor, scale: float, clip: float | None = None) -> None:

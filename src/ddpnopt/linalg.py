@@ -67,7 +67,9 @@ def eigenbasis(matrix: Tensor) -> tuple[Tensor | None, int]:
     return None, failures
 
 
-def leading(start: Tensor, times: Callable[[Tensor], Tensor], count: int, passes: int) -> tuple[Tensor, Tensor] | None:
+def leading(
+    start: Tensor, times: Callable[[Tensor], Tensor], form: Callable[[Tensor], Tensor], count: int, passes: int
+) -> tuple[Tensor, Tensor] | None:
     """Leading eigenvectors ``[n, r]`` and eigenvalues ``[r]``, ``r <= count``, of a positive semi-definite matrix.
 
     Subspace iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, section 4): what it finds are the Ritz
@@ -75,14 +77,15 @@ def leading(start: Tensor, times: Callable[[Tensor], Tensor], count: int, passes
 
     Args:
         start: ``[n, c]`` with ``c >= r``, vectors to begin from.
-        times: multiplies the matrix by ``[n, c]``.
+        times: multiplies the matrix ``M`` by ``Q [n, c]``.
+        form: ``Q' M Q [c, c]``.
         count: ``r`` at most.
         passes: how often the subspace is multiplied.
     """
     subspace = start
     for _ in range(passes):
         subspace = torch.linalg.qr(times(subspace)).Q
-    projected = symmetrise(subspace.mT @ times(subspace))
+    projected = symmetrise(form(subspace))
     if not bool(torch.isfinite(projected).all()):
         return None
     values, vectors = torch.linalg.eigh(projected)

@@ -149,9 +149,9 @@ def test_at_32_samples_on_each_of_four_ranks_the_papers_cnn_sends_at_most_twice_
     weights = sum(p.numel() for p in cnn((1, 28, 28), 10).parameters())
     gradients_averaged = 2 * (size - 1) / size * 4 * weights
     for first, second, *_, last in launch(size, sent):
-        assert 9 * last + second < 2 * 10 * gradients_averaged  # in the long run
+        assert 9 * last + first < 2 * 10 * gradients_averaged
         # the first hundred steps make factors 29 times
-        assert 71 * last + 28 * second + first < 2.05 * 100 * gradients_averaged
+        assert 71 * last + 28 * second + first < 2 * 100 * gradients_averaged
 
 
 def test_what_is_not_finite_stays_so() -> None:

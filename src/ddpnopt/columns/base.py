@@ -71,6 +71,12 @@ class Moment:
         """The factor times ``values [side, c]``."""
         return self._summed(self.rows.mT @ ((self.rows @ values) * (self.scale / self.count)))
 
+    def form(self, values: Tensor) -> Tensor:
+        """``values' factor values [c, c]`` for ``values [side, c]``: of the factor, few numbers are summed."""
+        products = self.rows @ values
+        own = products.mT @ products * (self.scale / self.count)
+        return own if self.spread is None else sum_symmetric(self.spread.ranks, own)
+
     def trace(self) -> Tensor:
         """Its trace."""
         return self._summed((self.rows.square().sum() * self.scale / self.count)[None])[0]

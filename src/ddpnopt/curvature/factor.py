@@ -35,10 +35,13 @@ def averaged(state: State, name: str, moment: Moment | Diagonal, past: float, ra
     def times(values: Tensor) -> Tensor:
         return new.times(values) if old is None else new.times(values) + past * old.times(values.mT).mT
 
+    def form(values: Tensor) -> Tensor:
+        return new.form(values) if old is None else new.form(values) + past * (values.mT @ old.times(values.mT).mT)
+
     wanted = rank + SPARE if old is None else max(SPARE, rank + SPARE - old.basis.shape[1])
     samples = new.samples(wanted).mT
     start = samples if old is None else torch.cat([old.basis, samples], 1)
-    found = linalg.leading(start, times, rank, passes=2 if old is None else 1)
+    found = linalg.leading(start, times, form, rank, passes=2 if old is None else 1)
     if found is None:  # not finite: neither is the step, which says so
         found = start.new_zeros(len(start), 0), start.new_zeros(0)
     return {f"{name}_basis": found[0], f"{name}_values": found[1], f"{name}_trace": trace}
