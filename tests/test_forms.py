@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import CURVATURES, NETWORKS, Case
-from ddpnopt import Batch, DDPNOpt, Exact, Gradient, Identity, Kronecker, Matched, Sampled
+from ddpnopt import Batch, DDPNOpt, Dense, Exact, Gradient, Identity, Kronecker, Matched, Sampled
 from ddpnopt.terminal import Terminal
 
 Loss = nn.Module
@@ -583,3 +583,12 @@ def test_under_autocast_the_step_keeps_single_precision(coupling: Any) -> None:
     optimizer.step()
     assert weight.abs().max() > 1e-3
     assert not torch.equal(weight, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("coupling", "momentum"), [("batch", 0.5), (Batch(relinearise=True), 0.5), ("sample", 0.0), (Dense(), 0.0)]
+)
+def test_momentum_is_on_by_default_where_nothing_published_is_to_be_met(coupling: Any, momentum: float) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert DDPNOpt(model, coupling=coupling).param_groups[0]["momentum"] == momentum
+    assert DDPNOpt(model, coupling=coupling, momentum=0.3).param_groups[0]["momentum"] == 0.3

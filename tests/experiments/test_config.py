@@ -124,3 +124,9 @@ def test_rivals_are_torchs_own(name: Any, kind: type[torch.optim.Optimizer]) -> 
     assert type(optimizer) is kind
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.3, 0.01)
     assert optimizer.defaults.get("momentum", 0) == (0.9 if name == "sgd" else 0)
+
+
+@pytest.mark.parametrize("coupling", ["batch", "sample"])
+def test_the_command_line_has_the_librarys_momentum(coupling: Any) -> None:
+    library = ddpnopt.DDPNOpt(nn.Linear(2, 2), coupling=coupling)
+    assert resolve(TrainConfig("DIGITS", coupling=coupling)).momentum == library.param_groups[0]["momentum"]
