@@ -66,12 +66,11 @@ class BlockPolicy:
     def direction(self, weights: Tensor) -> Tensor:
         """``M^-1 (U' w + stage cost) + momentum v``: minus the change of ``u`` over ``lr``, ``[out, fan_in]``."""
         terms = self.terms
-        direction = terms.columns.solve_weighted(self.inverse, weights)
-        if self.offset is not None:
-            direction = direction + self.offset
         if terms.momentum and terms.velocity is not None:
-            direction = direction + terms.momentum * terms.velocity
-        return direction
+            direction = terms.columns.solve_weighted_and(self.inverse, weights, terms.velocity, terms.momentum)
+        else:
+            direction = terms.columns.solve_weighted(self.inverse, weights)
+        return direction if self.offset is None else direction + self.offset
 
     def follow_(self, control: Sequence[Tensor], direction: Tensor) -> Tensor | None:
         """Move ``u`` by ``-lr`` times a direction; returns the new velocity, if there is one."""
@@ -204,8 +203,10 @@ def _gram(block: BlockPolicy, *, joint: bool) -> Tensor:
 def _cost(block: BlockPolicy, *, joint: bool) -> Tensor | None:
     """``d = G' R^-1`` times the gradient of decay and, in the batch form, of momentum's proximal drift."""
     terms = block.terms
-    pull = block.offset
+    pull, share = block.offset, 1.0
     if joint and terms.momentum and terms.velocity is not None:
-        drift = terms.momentum * terms.velocity
-        pull = drift if pull is None else pull + drift
-    return None if pull is None else terms.columns.directional(pull).double() * terms.lr
+        if pull is None:  # a number is multiplied in where few numbers are left
+            pull, share = terms.velocity, terms.momentum
+        else:
+            pull = pull.add(terms.velocity, alpha=terms.momentum)
+    return None if pull is None else terms.columns.directional(pull).double() * (share * terms.lr)

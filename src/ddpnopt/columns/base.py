@@ -136,6 +136,10 @@ class Columns(ABC):
     def solve_weighted(self, inverse: Inverse, weights: Tensor) -> Tensor:
         """``M^-1 U' w``, ``[out, fan_in]``."""
 
+    def solve_weighted_and(self, inverse: Inverse, weights: Tensor, other: Tensor, share: float) -> Tensor:
+        """``M^-1 U' w + share * other`` for another ``[out, fan_in]``."""
+        return self.solve_weighted(inverse, weights).add(other, alpha=share)
+
     def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float) -> None:
         """``control += alpha * M^-1 U' w``, in place; ``control``: the matrix ``[out, fan_in]``, cut into columns."""
         add_(control, self.solve_weighted(inverse, weights), alpha)

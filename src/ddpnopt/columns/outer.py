@@ -117,6 +117,12 @@ class OuterColumns(Columns):
         thin = self._thin(inverse, weights)
         return inverse.solve(self.weighted(weights)) if thin is None else thin[0].mT @ thin[1]
 
+    def solve_weighted_and(self, inverse: Inverse, weights: Tensor, other: Tensor, share: float) -> Tensor:
+        thin = self._thin(inverse, weights)
+        if thin is None or other.dtype != thin[0].dtype:
+            return super().solve_weighted_and(inverse, weights, other, share)
+        return torch.addmm(other, thin[0].mT, thin[1], beta=share)
+
     def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float) -> None:
         thin = self._thin(inverse, weights)
         if thin is None:

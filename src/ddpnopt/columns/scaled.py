@@ -41,6 +41,9 @@ class ScaledColumns(Columns):
     def solve_weighted(self, inverse: Inverse, weights: Tensor) -> Tensor:
         return self.columns.solve_weighted(inverse, weights * self.scale)
 
+    def solve_weighted_and(self, inverse: Inverse, weights: Tensor, other: Tensor, share: float) -> Tensor:
+        return self.columns.solve_weighted_and(inverse, weights * self.scale, other, share)
+
     def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float) -> None:
         self.columns.move_(control, inverse, weights * self.scale, alpha)
 
