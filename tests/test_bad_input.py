@@ -29,6 +29,7 @@ def test_lr(lr: float) -> None:
         ({"momentum": -0.1}, ValueError, "Invalid momentum"),
         ({"weight_decay": -1e-3}, ValueError, "Invalid weight_decay: -0.001"),
         ({"weight_decay": NAN}, ValueError, "Invalid weight_decay"),
+        ({"decoupled_weight_decay": 0.01}, ValueError, "Invalid decoupled_weight_decay: 0.01; give True or False"),
         ({"coupling": "both"}, ValueError, "'both'"),
         ({"curvature": "kronecker"}, TypeError, "Kronecker()"),
         ({"curvature": Kronecker}, TypeError, "Kronecker()"),

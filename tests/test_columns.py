@@ -79,9 +79,12 @@ def test_answers_are_dense_algebra(shape: tuple[int, int, int], kind: str) -> No
         close(form.sample_gram(inverse), blocks)
         close(form.solve_weighted(inverse, w).flatten(), M_inverse @ U.T @ w.flatten())
         control = [torch.randn(OUT, FAN_IN - 1), torch.randn(OUT, 1)]
-        moved = torch.cat(control, 1) - 0.3 * (M_inverse @ U.T @ w.flatten()).view(OUT, FAN_IN)
-        form.move_(control, inverse, w, -0.3)
-        close(torch.cat(control, 1), moved)
+        solved = (M_inverse @ U.T @ w.flatten()).view(OUT, FAN_IN)
+        close(form.solve_weighted_and(inverse, w, g, 0.7), solved + 0.7 * g)
+        for kept in (1.0, 0.8):
+            moved = kept * torch.cat(control, 1) - 0.3 * solved
+            form.move_(control, inverse, w, -0.3, kept)
+            close(torch.cat(control, 1), moved)
         close(form.combined(w).weighted(torch.ones(1, B)), form.weighted(w))
         close(form.first(1).directional(g), form.directional(g)[:1])
 
@@ -175,8 +178,8 @@ def test_half_precision_parameters_are_rounded_once() -> None:
     start = torch.randn(OUT, FAN_IN).bfloat16()
     for form in (columns, columns.dense()):
         control = [start.clone()]
-        form.move_(control, inverse, w, -0.3)
-        expected = start.double() - 0.3 * inverse.solve(columns.weighted(w))
+        form.move_(control, inverse, w, -0.3, 0.9)
+        expected = 0.9 * start.double() - 0.3 * inverse.solve(columns.weighted(w))
         assert (control[0].double() - expected).abs().max() <= 0.51 * 2**-7 * expected.abs().max()
 
 

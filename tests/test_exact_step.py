@@ -1,6 +1,6 @@
 """One whole step of the fast path against the dense reference, for every combination of options."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -146,6 +146,41 @@ def test_momentum_is_a_proximal_drift(coupling: Coupling) -> None:
         end,
         R=frozen_R(optimizer, M, 0.1, batch=coupling == "batch"),
         decay=[0.1] * 3,
+        drift=drift,
+        coupling=coupling,
+    )
+    for new, wanted in zip(controls(optimizer), expected.controls, strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+@pytest.mark.parametrize("coupling", ["batch", "sample"])
+def test_decoupled_decay_is_a_drift_towards_zero(network: str, momentum: float, coupling: Coupling) -> None:
+    case, M, gamma = NETWORKS[network](), CURVATURES["identity"], 0.4
+    settings: dict[str, Any] = {"momentum": momentum, "weight_decay": gamma, "decoupled_weight_decay": True}
+    optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=coupling, **settings)
+    criterion = nn.CrossEntropyLoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(case.model(case.x), case.y).backward()
+        optimizer.step()
+
+    kept = 1 / (1 + LR * gamma)
+    first = controls(optimizer)
+    step()
+    before = controls(optimizer)
+    drift = [momentum * (new - kept * old) - (1 - kept) * new for new, old in zip(before, first, strict=True)]
+    functions, _ = reference.stages_of(case.model, case.x)
+    end = reference_terminal("gradient", network, case, step=1)
+    step()
+    expected = reference.dense_step(
+        functions,
+        before,
+        case.x.flatten(1),
+        end,
+        R=frozen_R(optimizer, M, 0.0, batch=coupling == "batch"),
         drift=drift,
         coupling=coupling,
     )

@@ -72,8 +72,10 @@ def test_three_forms_give_the_same_bits(terminal: str, coupling: str, feedback: 
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-def test_three_forms_agree_on_convolutions(curvature: str) -> None:
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_three_forms_agree_on_convolutions(curvature: str, decoupled: bool) -> None:
     settings: dict[str, Any] = {"curvature": CURVATURES[curvature], "momentum": 0.5, "weight_decay": 0.01}
+    settings["decoupled_weight_decay"] = decoupled
     first, *others = [trained(form, "gradient", "conv", **settings) for form in FORMS]
     for other in others:
         for new, wanted in zip(other, first, strict=True):

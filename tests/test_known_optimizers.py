@@ -51,6 +51,20 @@ def test_identity_is_sgd(network: str, dtype: torch.dtype, momentum: float, deca
 
 
 @pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_decoupled_decay_shrinks_the_weights_of_sgd(network: str, momentum: float) -> None:
+    class Shrinking(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.mul_(1 - 0.05 * (0.3 / (1 + 0.05 * 0.3)))
+            super().step(closure)
+
+    ours = open_loop(Identity(), momentum=momentum, weight_decay=0.3, decoupled_weight_decay=True)
+    same_bits(NETWORKS[network](), ours, lambda m: Shrinking(m.parameters(), 0.05, momentum=momentum))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("decay", [0.0, 0.1])

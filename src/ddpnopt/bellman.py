@@ -13,6 +13,30 @@ from .value import Policy, SampleValue, Value
 
 
 @dataclass(frozen=True)
+class Settings:
+    """Numbers of a block's parameter group.
+
+    Args:
+        lr: step size ``eta``.
+        decay: of the stage cost ``decay / 2 |u|^2``.
+        shrinkage: decoupled decay: what the weights lose by themselves in a step is ``lr * shrinkage * u``.
+        momentum: weight of the last update.
+
+    The last two are a drift: ``R`` is centred on ``u - lr (shrinkage u + momentum v)``.
+    """
+
+    lr: float
+    decay: float
+    shrinkage: float
+    momentum: float
+
+    @property
+    def kept(self) -> float:
+        """Share of the weights that the shrinkage leaves."""
+        return 1 - self.lr * self.shrinkage
+
+
+@dataclass(frozen=True)
 class BlockTerms:
     """What one block brings into a step.
 
@@ -21,7 +45,7 @@ class BlockTerms:
         control: ``u [out, fan_in]``; ``None`` without decay, where nobody asks for it.
         velocity: momentum buffer ``[out, fan_in]``, in units of ``M^-1 Q_u``; ``None`` before the first step or
             without momentum.
-        lr, decay, momentum: step size ``eta``, stage cost ``decay / 2 |u|^2``, weight of the last update.
+        settings: numbers of its group.
         state: the curvature's.
         seen: columns that the curvature is built from, where they are not these: those of all ranks' samples.
     """
@@ -29,11 +53,15 @@ class BlockTerms:
     columns: Columns
     control: Tensor | None
     velocity: Tensor | None
-    lr: float
-    decay: float
-    momentum: float
+    settings: Settings
     state: State
     seen: Columns | None = None
+
+    def drift(self) -> list[tuple[Tensor, float]]:
+        """The drift as matrices and their shares in ``M^-1 Q_u``'s units: minus the change of ``u`` over ``lr``."""
+        own = self.settings
+        moved = [(self.velocity, own.momentum)] if own.momentum and self.velocity is not None else []
+        return [*moved, *([(self.control, own.shrinkage)] if own.shrinkage and self.control is not None else [])]
 
 
 @dataclass(frozen=True)
@@ -58,24 +86,25 @@ class BlockPolicy:
         ``control``: the block's parameters, each as a matrix, ``[out, fan_in]`` side by side; written into.
         """
         terms = self.terms
-        if self.offset is None and not terms.momentum:
-            terms.columns.move_(control, self.inverse, weights, -terms.lr)
+        if self.offset is None and not terms.settings.momentum:
+            terms.columns.move_(control, self.inverse, weights, -terms.settings.lr, terms.settings.kept)
             return None
         return self.follow_(control, self.direction(weights))
 
     def direction(self, weights: Tensor) -> Tensor:
-        """``M^-1 (U' w + stage cost) + momentum v``: minus the change of ``u`` over ``lr``, ``[out, fan_in]``."""
-        terms = self.terms
-        if terms.momentum and terms.velocity is not None:
-            direction = terms.columns.solve_weighted_and(self.inverse, weights, terms.velocity, terms.momentum)
+        """``M^-1 (U' w + stage cost) + momentum v [out, fan_in]``: the change over ``-lr`` but for the shrinkage."""
+        terms, momentum = self.terms, self.terms.settings.momentum
+        if momentum and terms.velocity is not None:
+            direction = terms.columns.solve_weighted_and(self.inverse, weights, terms.velocity, momentum)
         else:
             direction = terms.columns.solve_weighted(self.inverse, weights)
         return direction if self.offset is None else direction + self.offset
 
     def follow_(self, control: Sequence[Tensor], direction: Tensor) -> Tensor | None:
-        """Move ``u`` by ``-lr`` times a direction; returns the new velocity, if there is one."""
-        add_(control, direction, -self.terms.lr)
-        return direction if self.terms.momentum else None
+        """Move ``u`` by ``-lr`` times a direction and its shrinkage; returns the new velocity, if there is one."""
+        settings = self.terms.settings
+        add_(control, direction, -settings.lr, settings.kept)
+        return direction if settings.momentum else None
 
 
 @dataclass(frozen=True)
@@ -162,8 +191,9 @@ def block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal:
     """
     # the batch form builds M from back-propagated columns, the sample form from V_x itself, as the paper does
     sample = value if isinstance(value, SampleValue) else None
-    ridge = curvature.ridge(terms.lr, terms.decay, batch=sample is None)
-    cost = None if terms.control is None else terms.decay * terms.control
+    lr, decay = terms.settings.lr, terms.settings.decay
+    ridge = curvature.ridge(lr, decay, batch=sample is None)
+    cost = decay * terms.control if decay and terms.control is not None else None
 
     seen = terms.columns if terms.seen is None else terms.seen
 
@@ -197,16 +227,18 @@ def _gram(block: BlockPolicy, *, joint: bool) -> Tensor:
     columns = block.terms.columns
     gram = columns.gram(block.inverse) if joint else columns.sample_gram(block.inverse)
     # a copy of its own, so that scaling it may write into it
-    return gram.to(torch.float64, copy=True).mul_(block.terms.lr)
+    return gram.to(torch.float64, copy=True).mul_(block.terms.settings.lr)
 
 
 def _cost(block: BlockPolicy, *, joint: bool) -> Tensor | None:
-    """``d = G' R^-1`` times the gradient of decay and, in the batch form, of momentum's proximal drift."""
+    """``d = G' R^-1`` times the gradient of decay and, in the batch form, of the drift's proximal term."""
     terms = block.terms
-    pull, share = block.offset, 1.0
-    if joint and terms.momentum and terms.velocity is not None:
-        if pull is None:  # a number is multiplied in where few numbers are left
-            pull, share = terms.velocity, terms.momentum
-        else:
-            pull = pull.add(terms.velocity, alpha=terms.momentum)
-    return None if pull is None else terms.columns.directional(pull).double() * (share * terms.lr)
+    parts = [] if block.offset is None else [(block.offset, 1.0)]
+    parts += terms.drift() if joint else []
+    if not parts:
+        return None
+    (pull, share), *others = parts
+    for other, its in others:
+        pull = torch.add(pull, other, alpha=its / share)
+    # the number is multiplied in where few numbers are left
+    return terms.columns.directional(pull).double() * (share * terms.settings.lr)

@@ -70,6 +70,10 @@ class DDPNOpt(torch.optim.Optimizer):
         momentum: weight of the last update, as a drift the policy takes into account. Default: 0.5 in the batch
             form, 0 in the others, which coincide with published optimizers.
         weight_decay: ``gamma`` of the stage cost ``gamma / 2 |u|^2`` per layer; default 0.
+        decoupled_weight_decay: ``True`` makes ``weight_decay`` what it is in ``torch.optim.AdamW``: no cost, but a pull
+            of the weights towards 0, by ``lr * weight_decay`` of themselves a step (divided by ``1 + lr *
+            weight_decay``, which no ``lr`` turns round); a drift, like momentum's, of which the policy knows. Default
+            ``False``.
         stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
             layers inside one move together. Default: every layer is a stage, and its state, all that lives at its
             cut, is found in autograd's graph.
@@ -116,6 +120,7 @@ class DDPNOpt(torch.optim.Optimizer):
         feedback: bool = True,
         momentum: float | None = None,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
         stages: Sequence[str | nn.Module] | None = None,
         on_nonfinite: OnNonfinite = "raise",
         process_group: Any = None,
@@ -126,7 +131,11 @@ class DDPNOpt(torch.optim.Optimizer):
         check_options(self.curvature, self.terminal, coupling, feedback, on_nonfinite)
         check_stages(coupling, stages)
         momentum = default_momentum(coupling) if momentum is None else momentum
-        check_numbers({"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        numbers = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }  # fmt: skip
+        check_numbers(numbers)
         wrapper: Any = None
         if isinstance(model_or_params, nn.Module):
             drop_old_code(model_or_params)
@@ -141,7 +150,7 @@ class DDPNOpt(torch.optim.Optimizer):
         if isinstance(coupling, Dense):
             check_chain(model_or_params)
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, numbers)
         self._steps = 0
         self._refused: dict[str, str] = {}
         self._failures = 0
@@ -403,6 +412,8 @@ class DDPNOpt(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("decoupled_weight_decay", False)  # saved before there was such an option
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
             self._group, self.traffic, self._shards = None, Traffic(), Shards(self.model, every=self._is_base)

@@ -29,6 +29,8 @@ def check_numbers(group: Mapping[str, Any]) -> None:
         value = float(given)
         if not (math.isfinite(value) and value >= 0 and (name != "momentum" or value < 1)):
             raise ValueError(f"Invalid {name}: {given!r}; give {wanted}")
+    if not isinstance(given := group["decoupled_weight_decay"], bool):
+        raise ValueError(f"Invalid decoupled_weight_decay: {given!r}; give True or False")
 
 
 def check_group(group: Mapping[str, Any], model: nn.Module | None, shards: Shards) -> None:

@@ -46,7 +46,8 @@ def open_loop(task: Task) -> Outcome:
     )
     columns = {block.parameters[0]: read for _, block, read in shared.found}
     for block, gradient in shared.alone.items():
-        lr, decay, momentum = task.settings(block)
+        settings = task.settings(block)
+        lr, decay, momentum = settings.lr, settings.decay, settings.momentum
         state, velocity = task.own_state(block)
         control = wide(matrix_of(block, block.tensors).clone())
         if decay:
@@ -57,6 +58,8 @@ def open_loop(task: Task) -> Outcome:
         q_u = gradient
         state = curvature.advance(state, own, lambda q_u=q_u: q_u, ridge)  # type: ignore[misc]
         inverse = curvature.inverse(state, ridge)
+        if settings.shrinkage:
+            control.mul_(settings.kept)
         if momentum:
             velocity = torch.zeros_like(gradient) if velocity is None else velocity * momentum
             state = {**state, VELOCITY: inverse.accumulate_(velocity, gradient, 1.0)}
@@ -184,11 +187,11 @@ def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchVa
 
 def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
     state, velocity = task.own_state(block)
-    lr, decay, momentum = task.settings(block)
-    control = wide(matrix_of(block, block.tensors)) if decay else None
+    settings = task.settings(block)
+    control = wide(matrix_of(block, block.tensors)) if settings.decay or settings.shrinkage else None
     if isinstance(columns, SpreadColumns) and is_local(task.coupling):
-        return BlockTerms(columns.own, control, velocity, lr, decay, momentum, state, seen=columns)
-    return BlockTerms(columns, control, velocity, lr, decay, momentum, state)
+        return BlockTerms(columns.own, control, velocity, settings, state, seen=columns)
+    return BlockTerms(columns, control, velocity, settings, state)
 
 
 def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) -> None:

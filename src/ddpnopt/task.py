@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .accord import Accord
+from .bellman import Settings
 from .conditions import every_module
 from .coupling import Coupling
 from .curvature import Curvature
@@ -65,10 +66,12 @@ class Task:
         found, end = linearise(self.passes, terminal, self.recorder, self.loss, self.number, before, self.loss_scale)
         return found, end if self.clip == 1.0 else replace(end, a=self.clip * end.a)
 
-    def settings(self, block: Block) -> tuple[float, float, float]:
-        """``lr``, ``weight_decay`` and ``momentum`` of a block's group."""
+    def settings(self, block: Block) -> Settings:
+        """Those of a block's group."""
         group = self.groups[self.group_of[block.parameters[0]]]
-        return float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
+        lr, gamma = float(group["lr"]), float(group["weight_decay"])
+        decay, shrinkage = (0.0, gamma / (1 + lr * gamma)) if group["decoupled_weight_decay"] else (gamma, 0.0)
+        return Settings(lr, decay, shrinkage, float(group["momentum"]))
 
     def own_state(self, block: Block) -> tuple[State, Tensor | None]:
         """A block's curvature state, and its velocity."""

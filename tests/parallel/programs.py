@@ -75,7 +75,7 @@ PROGRAMS: dict[str, Program] = {
     "low rank": Program(wide, {"curvature": Kronecker(refresh_every=2, rank=1)}, criterion=nn.MSELoss(), steps=20),
     "conv, eigen": Program(conv, {"curvature": EigenKronecker(refresh_every=2)}, steps=20),
     "conv, sample": Program(conv, {"coupling": "sample", "lr": 0.01}),
-    "pictures, identity": Program(pictures, {"curvature": Identity(), "momentum": 0.5, "weight_decay": 0.01}),
+    "pictures, identity": Program(pictures, {"curvature": Identity(), **DECAYED, "decoupled_weight_decay": True}),
     "pictures, adaptive": Program(pictures, {"curvature": Adaptive()}),
     "pictures, kronecker": Program(pictures, {"curvature": KRONECKER}),
     "pictures, low rank": Program(pictures, {"curvature": Kronecker(refresh_every=2, rank=4)}),

@@ -140,9 +140,9 @@ class Columns(ABC):
         """``M^-1 U' w + share * other`` for another ``[out, fan_in]``."""
         return self.solve_weighted(inverse, weights).add(other, alpha=share)
 
-    def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float) -> None:
-        """``control += alpha * M^-1 U' w``, in place; ``control``: the matrix ``[out, fan_in]``, cut into columns."""
-        add_(control, self.solve_weighted(inverse, weights), alpha)
+    def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float, kept: float) -> None:
+        """``control <- kept * control + alpha * M^-1 U' w``; ``control``: ``[out, fan_in]``, cut into columns."""
+        add_(control, self.solve_weighted(inverse, weights), alpha, kept)
 
     @abstractmethod
     def moments(self) -> tuple[Moment | Diagonal, Moment | Diagonal]:
@@ -196,13 +196,15 @@ def sum_symmetric(ranks: Ranks, matrix: Tensor) -> Tensor:
     return whole
 
 
-def add_(control: Sequence[Tensor], direction: Tensor, alpha: float) -> None:
-    """``control += alpha * direction`` for a matrix ``[out, fan_in]``, cut into columns; rounded once, at the end."""
+def add_(control: Sequence[Tensor], direction: Tensor, alpha: float, kept: float) -> None:
+    """``control <- kept * control + alpha * direction``, a matrix cut into columns; rounded once, at the end."""
     for part, own in zip(control, direction.split([part.shape[1] for part in control], 1), strict=True):
-        if part.dtype == own.dtype:
-            part.add_(own, alpha=alpha)
-        else:
-            part.copy_(part.to(own.dtype).add_(own, alpha=alpha))
+        exact = part if part.dtype == own.dtype else part.to(own.dtype)
+        if kept != 1.0:
+            exact.mul_(kept)
+        exact.add_(own, alpha=alpha)
+        if exact is not part:
+            part.copy_(exact)
 
 
 def symmetric_product(*pairs: tuple[Tensor, Tensor], solve: Callable[[Tensor], Tensor] | None = None) -> Tensor:

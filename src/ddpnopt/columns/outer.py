@@ -123,15 +123,15 @@ class OuterColumns(Columns):
             return super().solve_weighted_and(inverse, weights, other, share)
         return torch.addmm(other, thin[0].mT, thin[1], beta=share)
 
-    def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float) -> None:
+    def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float, kept: float) -> None:
         thin = self._thin(inverse, weights)
         if thin is None:
-            return super().move_(control, inverse, weights, alpha)
+            return super().move_(control, inverse, weights, alpha, kept)
         v, x = thin
         if any(part.dtype != v.dtype for part in control):
-            return add_(control, v.mT @ x, alpha)
+            return add_(control, v.mT @ x, alpha, kept)
         for part, own in zip(control, x.split([part.shape[1] for part in control], 1), strict=True):
-            part.addmm_(v.mT, own, alpha=alpha)
+            part.addmm_(v.mT, own, alpha=alpha, beta=kept)
 
     def _thin(self, inverse: Inverse, weights: Tensor) -> tuple[Tensor, Tensor] | None:
         """``v [B S, out]`` and ``x [B S, fan_in]`` with ``M^-1 U' w = v' x``; ``None`` where that is the dearer way."""

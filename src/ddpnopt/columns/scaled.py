@@ -44,8 +44,8 @@ class ScaledColumns(Columns):
     def solve_weighted_and(self, inverse: Inverse, weights: Tensor, other: Tensor, share: float) -> Tensor:
         return self.columns.solve_weighted_and(inverse, weights * self.scale, other, share)
 
-    def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float) -> None:
-        self.columns.move_(control, inverse, weights * self.scale, alpha)
+    def move_(self, control: Sequence[Tensor], inverse: Inverse, weights: Tensor, alpha: float, kept: float) -> None:
+        self.columns.move_(control, inverse, weights * self.scale, alpha, kept)
 
     def moments(self) -> tuple[Moment | Diagonal, Moment | Diagonal]:
         return self.plain().moments()
