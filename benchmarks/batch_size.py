@@ -1,0 +1,167 @@
+"""Which learning rate suits which batch size: DDPNOpt at fixed samples per learning rate, beside AdamW.
+
+    python benchmarks/batch_size.py
+
+Tasks, networks and loops are the suite's (benchmarks/_suite), with other batch sizes and the same number of steps for
+all of them. Each finished run is one line in docs/results/records/batch_size.jsonl; the same command goes on where it
+was stopped, and at the end writes docs/results/batch_size.md.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import _records as records
+import tyro
+from _markdown import command, duration, plural, table
+from _progress import Bar
+from _runner import INTERRUPTED
+from _suite.carrying import Recorder, StoppedError
+from _suite.registration import Registration, Task, read
+from _suite.running import Run
+from _suite.tasks import load
+from _training import RESULTS
+
+from ddpnopt.experiments.environment import version
+from ddpnopt.experiments.files import write_atomic
+from ddpnopt.experiments.interrupt import StopRequest
+
+BUDGET = "quick"
+DEFAULT = 0.1
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which learning rate suits which batch size: DDPNOpt at fixed samples per learning rate, beside AdamW."""
+
+    tasks: tuple[str, ...] = ("digits", "cifar-cnn", "cifar-resnet", "characters")
+    """The suite's, by name."""
+
+    batches: tuple[int, ...] = (4, 8, 16, 32, 64)
+    """Batch sizes."""
+
+    samples: tuple[int, ...] = (320, 1280, 5120, 20480)
+    """Batch over learning rate, of DDPNOpt."""
+
+    rival_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    """Learning rates of AdamW."""
+
+    steps: int = 200
+    """Of every run."""
+
+    seeds: int = 3
+    """Runs of each kind."""
+
+    data: Path | None = None
+    """Folder with the files of the sets that are not bundled. None: the cache of `ddpnopt data fetch`."""
+
+    out: Path = RESULTS
+    """Folder of the page; its folder records holds the finished runs."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run what is missing, write the page; returns the exit code."""
+    arguments, registration = tyro.cli(Arguments, args=words), read()
+    unknown = [name for name in arguments.tasks if name not in registration.tasks]
+    if unknown:
+        print(f"batch_size: no task {unknown[0]!r}; choose of: {', '.join(registration.tasks)}", file=sys.stderr)
+        return 2
+    path, began = arguments.out / "records" / "batch_size.jsonl", time.perf_counter()
+    wanted = [run for name in arguments.tasks for run in runs(arguments, registration, name)]
+    try:
+        with StopRequest() as stop, Bar("batch sizes", len(wanted)) as bar:
+            recorder = Recorder(path, registration.digest, arguments.data, stop, bar.advance)
+            for run in wanted:
+                recorder(run)
+    except StoppedError:
+        print("stopped; the same command goes on where this one stopped", file=sys.stderr)
+        return INTERRUPTED + (stop.signal or 0)
+    except ValueError as error:
+        print(f"batch_size: {error}", file=sys.stderr)
+        return 2
+    found = arguments.out / "batch_size.md"
+    write_atomic(found, page(arguments, registration, records.read(path), time.perf_counter() - began).encode())
+    print(found)
+    return 0
+
+
+def runs(arguments: Arguments, registration: Registration, name: str) -> list[Run]:
+    """All runs of a task."""
+    load(registration.tasks[name].data, registration.tasks[name].sizes[BUDGET], arguments.data)  # says what is missing
+    return [
+        run
+        for batch in arguments.batches
+        for method, lr in rates(arguments, batch)
+        for run in repeated(arguments, registration, name, batch, method, lr)
+    ]
+
+
+def rates(arguments: Arguments, batch: int) -> list[tuple[str, float]]:
+    """Methods with the learning rates they are tried at."""
+    own = [DEFAULT, *(batch / samples for samples in arguments.samples)]
+    return [*(("ddpnopt-default", lr) for lr in own), *(("adamw", lr) for lr in arguments.rival_lrs)]
+
+
+def repeated(
+    arguments: Arguments, registration: Registration, name: str, batch: int, method: str, lr: float
+) -> list[Run]:
+    """The runs of one kind, by seed."""
+    task, own = registration.tasks[name], registration.methods[method]
+    size = replace(task.sizes[BUDGET], batch=batch, steps=arguments.steps)
+    sized = Task(task.name, task.title, task.data, task.network, {BUDGET: size})
+    return [Run(sized, BUDGET, own, lr, own.options(), seed) for seed in range(arguments.seeds)]
+
+
+def page(arguments: Arguments, registration: Registration, known: records.Records, seconds: float) -> str:
+    """Lay the figures out."""
+
+    def score(name: str, batch: int, method: str, lr: float) -> float:
+        """Mean over seeds; minus infinity if one diverged."""
+        found = [
+            known[records.key(run.settings())] for run in repeated(arguments, registration, name, batch, method, lr)
+        ]
+        last = [-math.inf if one["diverged"] else one["validation"][-1] for one in found]
+        return sum(last) / len(last)
+
+    sections = []
+    gaps: list[list[float]] = [[] for _ in range(1 + len(arguments.samples))]
+    for name in arguments.tasks:
+        rows = []
+        for batch in arguments.batches:
+            own = [score(name, batch, method, lr) for method, lr in rates(arguments, batch)]
+            ours, theirs = own[: 1 + len(arguments.samples)], own[1 + len(arguments.samples) :]
+            for column, value in zip(gaps, ours, strict=True):
+                column.append(max(ours) - value)
+            best = max(range(len(theirs)), key=theirs.__getitem__)
+            cells = [f"**{value:.1f}**" if value == max(ours) else f"{value:.1f}" for value in ours]
+            rows.append([str(batch), *cells, f"{theirs[best]:.1f} ({arguments.rival_lrs[best]:g})"])
+        ours_header = [f"lr {DEFAULT:g}", *(f"lr batch/{samples:,}" for samples in arguments.samples)]
+        header = ["batch", *ours_header, "AdamW, its best (lr)"]
+        sections.append(f"## {registration.tasks[name].title}\n\n{table(header, rows)}\n")
+    lost = [["points below the best of the row, mean", *(f"{sum(own) / len(own):.1f}" for own in gaps), ""]]
+    lost += [["most", *(f"{max(own):.1f}" for own in gaps), ""]]
+    tables = "\n".join(sections)
+    options = ("tasks", "batches", "samples", "rival_lrs", "steps", "seeds")
+    return f"""# Learning rate and batch size
+
+The batch's own curvature stands against `M / lr` of the samples seen before: a step remembers about `1 / lr` batches,
+`batch / lr` samples. Here are the suite's tasks and networks, {arguments.steps} steps with linear decay at every batch
+size, at `lr = {DEFAULT:g}` and at fixed samples: validation score in percent at the end, mean over
+{plural(arguments.seeds, "seed")}, the best of DDPNOpt's in bold. Everything but `lr` is at its default. AdamW has the
+best of {plural(len(arguments.rival_lrs), "learning rate")}, chosen on these very scores; each of DDPNOpt's columns is
+one rule for all tasks and batches.
+
+## All of them
+
+{table(["", *header[1:]], lost)}
+
+{tables}
+Command: `{command("batch_size.py", arguments, options)}` ({duration(seconds)}), ddpnopt {version("ddpnopt")}.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
