@@ -4,8 +4,8 @@ Run:  python examples/accelerate_loop.py [--optimizer adamw] [--accumulate 2]
       torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py      (processes that share every batch)
 
 What to expect: about 96 % for both, and in one process the very weights of a plain loop on the same batches. Make the
-optimizer with the model itself, before ``prepare``. Clipping makes a step shorter in one process, and reaches no layer
-of DDPNOpt on several.
+optimizer with the model itself, before ``prepare``. Clipping more than usual makes a step shorter in one process, and
+reaches no layer of DDPNOpt on several.
 """
 
 import contextlib

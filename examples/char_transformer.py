@@ -3,8 +3,8 @@
 Run:  ddpnopt data fetch shakespeare
       python examples/char_transformer.py [--optimizer adamw] [--text FILE]
 
-What to expect: AdamW is the better one here: after 200 steps its training loss is 2.39 nats a letter, DDPNOpt's 2.55,
-and a step of DDPNOpt costs several times as much. Neither learning rate was tuned.
+What to expect: DDPNOpt is ahead at equal steps, AdamW at equal time: after 300 steps the test losses are 2.16 and 2.26
+nats a letter, and a step of DDPNOpt costs about four of AdamW's. Neither learning rate was tuned.
 """
 
 import math

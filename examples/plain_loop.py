@@ -2,9 +2,9 @@
 
 Run:  python examples/plain_loop.py [--optimizer adamw] [--schedule warm-restarts]
 
-What to expect: both end between 96 and 97 %. Accumulation gives DDPNOpt the steps of the whole batch. Clipping reaches
-no layer of DDPNOpt, whose steps are not made from ``.grad``, nor is it needed. OneCycleLR cycles the momentum as
-well unless it is told not to: AdamW takes that, DDPNOpt loses ten points by it.
+What to expect: both end between 96 and 97 %, by either schedule. Accumulation gives DDPNOpt the steps of the whole
+batch. A clip shortens a step by as much as it cuts off more than usual. OneCycleLR cycles the momentum as well unless
+it is told not to: AdamW takes that, DDPNOpt loses by it.
 """
 
 import torch

@@ -61,13 +61,13 @@ def controls(optimizer: DDPNOpt) -> list[Tensor]:
     return [block.matrix([p.detach().clone() for p in block.parameters]).flatten() for block in blocks(optimizer)]
 
 
-def frozen_R(optimizer: DDPNOpt, curvature: Curvature, decay: float, *, batch: bool) -> list[Tensor]:
+def frozen_R(optimizer: DDPNOpt, curvature: Curvature, decay: float, *, batch: bool, lr: float = LR) -> list[Tensor]:
     found = []
     for block in blocks(optimizer):
         out, fan_in = block.matrix(block.parameters).shape
         state = optimizer.state.get(block.parameters[0], {})
-        inverse = curvature.inverse(state, curvature.ridge(LR, decay, batch=batch))
-        found.append(inverse.to_dense(out, fan_in) / LR)
+        inverse = curvature.inverse(state, curvature.ridge(lr, decay, batch=batch))
+        found.append(inverse.to_dense(out, fan_in) / lr)
     return found
 
 
@@ -122,7 +122,9 @@ def test_one_step_is_the_dense_reference(
 
 
 @pytest.mark.parametrize("coupling", ["batch", "sample"])
-def test_momentum_is_a_proximal_drift(coupling: Coupling) -> None:
+@pytest.mark.parametrize("times", [1.0, 0.5, 3.0])
+def test_momentum_is_a_proximal_drift(coupling: Coupling, times: float) -> None:
+    """As the learning rate falls it falls too; as that grows, it does not."""
     case, M = NETWORKS["mlp"](), CURVATURES["identity"]
     optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=coupling, momentum=0.7, weight_decay=0.1)
     criterion = nn.CrossEntropyLoss()
@@ -135,7 +137,8 @@ def test_momentum_is_a_proximal_drift(coupling: Coupling) -> None:
     first = controls(optimizer)
     step()
     before = controls(optimizer)
-    drift = [0.7 * (new - old) for new, old in zip(before, first, strict=True)]
+    drift = [0.7 * min(1.0, times) * (new - old) for new, old in zip(before, first, strict=True)]
+    optimizer.param_groups[0]["lr"] = times * LR
     end = reference_terminal("gradient", "mlp", case, step=1)
     functions, _ = reference.stages_of(case.model, case.x)
     step()
@@ -144,7 +147,7 @@ def test_momentum_is_a_proximal_drift(coupling: Coupling) -> None:
         before,
         case.x,
         end,
-        R=frozen_R(optimizer, M, 0.1, batch=coupling == "batch"),
+        R=frozen_R(optimizer, M, 0.1, batch=coupling == "batch", lr=times * LR),
         decay=[0.1] * 3,
         drift=drift,
         coupling=coupling,

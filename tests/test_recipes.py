@@ -73,12 +73,66 @@ def clipped_by(factor: float, settings: dict[str, Any], edit: Callable[[nn.Modul
     return parameters_to_vector(case.model.parameters()).detach() - before
 
 
+def test_a_warm_restart_keeps_what_was_learned() -> None:
+    """With momentum: velocities of steps of hardly any learning rate, and so of hardly any damping, are long."""
+    torch.manual_seed(5)
+    x = torch.randn(256, 12)
+    y = (x[:, :4] * x[:, 4:8]).sum(1).gt(0).long()
+    model = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+    optimizer, criterion = DDPNOpt(model), nn.CrossEntropyLoss()
+    scheduler = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=40)
+    losses = []
+    for _ in range(3):
+        for _ in range(40):
+            rows = torch.randint(256, (16,))
+            optimizer.zero_grad()
+            criterion(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            scheduler.step()
+            with torch.no_grad():
+                losses.append(float(criterion(model(x), y)))
+    assert losses[39] < 0.8 * losses[0]
+    assert max(losses[40:]) < 1.5 * losses[39]
+
+
 @pytest.mark.parametrize("settings", CLIPPED)
 def test_a_step_from_clipped_gradients_is_as_much_shorter(settings: dict[str, Any]) -> None:
     whole = clipped_by(1.0, settings)
     # up to the curvature of the activations, through which layers see how far those before them have moved
     assert (clipped_by(0.25, settings) - 0.25 * whole).norm() < 0.01 * 0.25 * whole.norm()
     assert torch.equal(clipped_by(3.0, settings), whole)  # a clip that is not reached changes no bit
+
+
+@pytest.mark.parametrize("settings", [{"momentum": 0.0}, {"curvature": Identity(), "coupling": "sample"}])
+def test_a_clip_of_every_step_drops_out(settings: dict[str, Any]) -> None:
+    """As it does from Adam's steps: loops made for Adam clip most of theirs."""
+    torch.manual_seed(5)
+    model, criterion = nn.Sequential(LOOSE(), nn.Flatten(), nn.Linear(8, 3)), nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(model, 0.01, **settings)
+    x, y = torch.randint(7, (5, 2)), torch.randint(3, (5,))
+
+    def moved(model: nn.Module, optimizer: DDPNOpt, factor: float) -> Tensor:
+        before = parameters_to_vector(model.parameters()).detach()
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        for p in model.parameters() if factor != 1 else ():
+            assert p.grad is not None
+            p.grad *= factor
+        optimizer.step()
+        return parameters_to_vector(model.parameters()).detach() - before
+
+    for _ in range(60):
+        moved(model, optimizer, 0.2)
+    whole, as_usual, more, less = (
+        moved(*copy.deepcopy((model, optimizer)), factor) for factor in (1.0, 0.2, 0.05, 0.8)
+    )
+    assert torch.equal(less, whole)
+    assert (as_usual - whole).norm() < 0.01 * whole.norm()
+    assert (more - 0.25 * whole).norm() < 0.01 * whole.norm()
+
+    again = DDPNOpt(model, 0.01, **settings)
+    again.load_state_dict(optimizer.state_dict())
+    assert (moved(model, again, 0.05) - more).norm() == 0
 
 
 def test_gradients_replaced_by_multiples_are_those_multiplied_in_place() -> None:

@@ -440,6 +440,7 @@ def test_can_load_older_state_dict(desc: str, whole: bool) -> None:
     run(optimizer, made, 3)
     older = copy.deepcopy(optimizer.state_dict())
     older.pop("skipped_steps")
+    older.pop("usual_clip")
     for state in older["state"].values():
         state.pop("parameters")
     for group in older["param_groups"]:

@@ -2,6 +2,9 @@
 
 A layer's step is made from its columns, so such a factor has to be told to them: the linear part of the loss's model
 is multiplied by it, which makes the whole step as much shorter. A few entries of each gradient are enough to tell.
+
+Loops made for Adam clip most of their steps, which Adam does not notice: a factor that all gradients share drops out of
+its steps. Here too it is only a factor below the usual one that shortens a step.
 """
 
 import weakref
@@ -18,6 +21,9 @@ NO_FACTOR = (
     "gradients were changed after the backward pass, and not all by one factor. The layers' steps come from their "
     "samples' columns, which a common factor (clip_grad_norm_ of all parameters) reaches and other changes do not"
 )
+
+KEPT = 0.9
+"""Weight of the past in the usual factor, a moving average from 1."""
 
 Left = tuple[tuple[int, int], Tensor]
 """Where a gradient was, the version it had, and some of its entries."""
@@ -48,6 +54,16 @@ class Witness:
     def forget(self) -> None:
         """The gradients have been used."""
         self._left[:] = [None] * len(self._left)
+
+
+def shortening(factor: float, usual: float) -> float:
+    """What a step is multiplied by: the clip's factor over the usual one, at most 1."""
+    return min(1.0, factor / usual) if factor > 0 else factor
+
+
+def usual_after(usual: float, factor: float) -> float:
+    """The usual factor, one step later."""
+    return usual if usual == factor else KEPT * usual + (1 - KEPT) * factor
 
 
 def _common(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:

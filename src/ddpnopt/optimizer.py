@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .accord import Accord, ScalerError
-from .clipping import NO_FACTOR, Witness
+from .clipping import NO_FACTOR, Witness, shortening, usual_after
 from .compiled import drop_old_code, plain
 from .coupling import Coupling, default_momentum, is_joint
 from .curvature import Curvature, Kronecker
@@ -155,6 +155,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._refused: dict[str, str] = {}
         self._failures = 0
         self._skipped = 0
+        self._usual_clip = 1.0
         self._last: Outcome | None = None
         self._closed = self._warned = False
         self.traffic = Traffic()  # what this rank has sent
@@ -298,6 +299,9 @@ class DDPNOpt(torch.optim.Optimizer):
         gradients = found.unscaled(1.0 if scale is None else scale)
         # after unscale_ the scale is found together with a clip; on several ranks .grad is of a rank's own samples
         clip = 1.0 if scale is None or accord.several else self._clip()
+        shorter = shortening(clip, self._usual_clip)
+        if shorter != clip and not self._is_base:  # parameters outside the layers go by .grad
+            gradients = {p: gradient * (shorter / clip) for p, gradient in gradients.items()}
         with Transaction(self._names, self.model, found.passes, gradients, self._room, self._shards) as transaction:
             empty = accord.several and self._recorder is not None and found.empty(self._recorder)
             check_evaluated(found, network, empty=empty)
@@ -308,7 +312,7 @@ class DDPNOpt(torch.optim.Optimizer):
                 task = Task(
                     self._network, self.param_groups, self._group_of, states, self.curvature, self.terminal,
                     self.coupling, self.feedback, self._recorder, passes, {} if empty else gradients, found.graph,
-                    scale or 1.0, clip, self._steps, accord,
+                    scale or 1.0, shorter, self._steps, accord,
                 )  # fmt: skip
                 if scale is None and self._recorder is not None:
                     task = replace(task, loss_scale=found_scale(task))
@@ -316,6 +320,7 @@ class DDPNOpt(torch.optim.Optimizer):
                 transaction.check(outcome.states, states)
                 settle(task, outcome)
                 self._shards.keep()
+        outcome.clip = clip
         return outcome
 
     def _find_ranks(self) -> Ranks:
@@ -341,6 +346,7 @@ class DDPNOpt(torch.optim.Optimizer):
             own = {**state, "parameters": sizes[parameter]}
             self.state[parameter] = self._shards.cut(own)
         self._steps += 1
+        self._usual_clip = usual_after(self._usual_clip, outcome.clip)
         self._failures += outcome.failures
         self._last = outcome
         self._refused |= outcome.refused
@@ -385,6 +391,7 @@ class DDPNOpt(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
         own = {"steps": self._steps, "skipped_steps": self._skipped, "refused": dict(self._refused)}
+        own["usual_clip"] = self._usual_clip
         with saving(self, {**own, "curvature": type(self.curvature).__name__}):
             return super().state_dict()
 
@@ -403,11 +410,12 @@ class DDPNOpt(torch.optim.Optimizer):
         with loading(self, type(self.curvature).__name__, blocks, mesh) as loaded:
             super().load_state_dict(state_dict)
         self._steps, self._skipped = loaded.get("steps", 0), loaded.get("skipped_steps", 0)
+        self._usual_clip = loaded.get("usual_clip", 1.0)
         self._refused = dict(loaded.get("refused", {}))
 
     def __getstate__(self) -> dict[str, Any]:
         options = ["model", "curvature", "terminal", "coupling", "feedback", "stages", "on_nonfinite"]
-        kept = [*options, "_steps", "_failures", "_skipped", "_refused", "_closed", "_warned"]
+        kept = [*options, "_steps", "_failures", "_skipped", "_refused", "_usual_clip", "_closed", "_warned"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

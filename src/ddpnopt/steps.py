@@ -25,7 +25,7 @@ from .reading import blocks_by_stage, later_by_stage, name_the_silent, read_laye
 from .relinearise import met
 from .rollout import forward_pass, restore_overwritten
 from .sharing import Found, Shared, averaged, gathered_deviation, meet_at, of_this_rank, share
-from .task import VELOCITY, Outcome, Task
+from .task import VELOCITY, VELOCITY_LR, Outcome, Task
 from .terminal import Gradient
 from .value import BatchPolicy, BatchValue, Policy, SampleValue
 
@@ -48,7 +48,7 @@ def open_loop(task: Task) -> Outcome:
     for block, gradient in shared.alone.items():
         settings = task.settings(block)
         lr, decay, momentum = settings.lr, settings.decay, settings.momentum
-        state, velocity = task.own_state(block)
+        state, velocity, _ = task.own_state(block)
         control = wide(matrix_of(block, block.tensors).clone())
         if decay:
             gradient = gradient.add(control, alpha=decay)
@@ -121,7 +121,7 @@ def closed_loop(task: Task) -> Outcome:
         mean = averaged(accord, [part.direction(weights) for part in policy.blocks]) if local else None
         for i, ((block, _), part) in enumerate(zip(blocks[stage], policy.blocks, strict=True)):
             velocity = _move(block, part, weights, None if mean is None else mean[i])
-            outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
+            outcome.states[block.parameters[0]] = _with_velocity(part, velocity)
         outcome.figures[stage.name] = partial(_figures, policy.policy, policy.gram, weights, policies[stage].policy)
         if policy is not policies[stage]:
             again.append(policy)
@@ -186,8 +186,12 @@ def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchVa
 
 
 def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
-    state, velocity = task.own_state(block)
+    state, velocity, its_lr = task.own_state(block)
     settings = task.settings(block)
+    if velocity is not None and its_lr is not None and its_lr < settings.lr:
+        # what is carried on is at most the last update itself: the velocity of a step with hardly any lr, and so with
+        # hardly any damping, is long
+        velocity = velocity * (its_lr / settings.lr)
     control = wide(matrix_of(block, block.tensors)) if settings.decay or settings.shrinkage else None
     if isinstance(columns, SpreadColumns) and is_local(task.coupling):
         return BlockTerms(columns.own, control, velocity, settings, state, seen=columns)
@@ -202,7 +206,7 @@ def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) ->
     (policy,) = backward_pass([[terms]], value, task.curvature.without_factors(), 1, feedback=task.feedback)
     (part,) = policy.blocks
     velocity = _move(block, part, policy.policy.weights(None))
-    outcome.states[block.parameters[0]] = _with_velocity(part.state, velocity)
+    outcome.states[block.parameters[0]] = _with_velocity(part, velocity)
 
 
 def _actual_decrease(task: Task, whole: Linearised | None, output: Any) -> Tensor | None:
@@ -225,8 +229,10 @@ def _figures(policy: Policy, gram: Tensor, weights: Tensor, nominal: Policy) -> 
     return {name: float(value) for name, value in {**sizes, "predicted_decrease": nominal.predicted()}.items()}
 
 
-def _with_velocity(state: State, velocity: Tensor | None) -> State:
-    return state if velocity is None else {**state, VELOCITY: velocity}
+def _with_velocity(part: BlockPolicy, velocity: Tensor | None) -> State:
+    if velocity is None:
+        return part.state
+    return {**part.state, VELOCITY: velocity, VELOCITY_LR: part.terms.settings.lr}
 
 
 def _move(block: Block, part: BlockPolicy, weights: Tensor, direction: Tensor | None = None) -> Tensor | None:

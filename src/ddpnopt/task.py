@@ -20,7 +20,7 @@ from .passes import Pass, wide
 from .terminal import Terminal
 from .trajectory import Recorder
 
-VELOCITY = "velocity"
+VELOCITY, VELOCITY_LR = "velocity", "velocity_lr"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Task:
         gradients: of the batch's loss, for the parameters that have one.
         loss: with its graph, if the closure left it and the terminal wants it.
         loss_scale: what the loss had been multiplied by before its backward pass; ``gradients`` are without it.
-        clip: what the gradients were multiplied by after the backward pass; ``gradients`` are with it.
+        clip: what the step is to be multiplied by because gradients were clipped after the backward pass.
         number: of the step, from 0.
         accord: with the other ranks; the passes and gradients are those of this rank's samples.
     """
@@ -73,13 +73,13 @@ class Task:
         decay, shrinkage = (0.0, gamma / (1 + lr * gamma)) if group["decoupled_weight_decay"] else (gamma, 0.0)
         return Settings(lr, decay, shrinkage, float(group["momentum"]))
 
-    def own_state(self, block: Block) -> tuple[State, Tensor | None]:
-        """A block's curvature state, and its velocity."""
+    def own_state(self, block: Block) -> tuple[State, Tensor | None, float | None]:
+        """A block's curvature state, its velocity, and the learning rate that this velocity has moved it by."""
         state = dict(self.state.get(block.parameters[0], {}))
         if state.pop("parameters", len(block.parameters)) != len(block.parameters):
-            return {}, None  # a bias was frozen, thawed or regrouped since: the block has another shape
-        velocity = state.pop(VELOCITY, None)
-        return state, velocity
+            return {}, None, None  # a bias was frozen, thawed or regrouped since: the block has another shape
+        velocity, its_lr = state.pop(VELOCITY, None), state.pop(VELOCITY_LR, None)
+        return state, velocity, its_lr
 
     def gradient(self, block: Block) -> Tensor | None:
         """Gradient of the batch's loss as the block's matrix, at least in float32; ``None`` without one."""
@@ -118,6 +118,7 @@ class Outcome:
         figures: compute diagnostics by stage, if they are asked for.
         actual_decrease: of the loss on the same batch, where a criterion is known.
         failures: factorisations of the value's curvature that had to be tried again.
+        clip: what the gradients were multiplied by after the backward pass.
         refused: layers whose rule failed or that were not seen to run, with the reason.
     """
 
@@ -125,4 +126,5 @@ class Outcome:
     figures: dict[str, Callable[[], dict[str, float]]] = field(default_factory=dict)
     actual_decrease: Tensor | None = None
     failures: int = 0
+    clip: float = 1.0
     refused: dict[str, str] = field(default_factory=dict)
