@@ -63,7 +63,7 @@ def shortening(factor: float, usual: float) -> float:
 
 def usual_after(usual: float, factor: float) -> float:
     """The usual factor, one step later."""
-    return usual if usual == factor else KEPT * usual + (1 - KEPT) * factor
+    return usual if usual == factor else KEPT * usual + (1 - KEPT) * max(factor, 0.0)
 
 
 def _common(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
