@@ -57,7 +57,8 @@ class DDPNOpt(torch.optim.Optimizer):
         model_or_params: the module to train (all its parameters that require a gradient, one group), bare, in a
             ``DistributedDataParallel`` or sharded by ``fully_shard``; or parameters or groups as for any
             ``torch.optim.Optimizer``: parameters without their module get the curvature's step alone.
-        lr: step size ``eta`` of ``R = M / eta + ...``; default 0.1.
+        lr: step size ``eta`` of ``R = M / eta + ...``; a step remembers about ``batch / lr`` samples, and 1,280 of them
+            suit many tasks (``docs/results/batch_size.md``). Default 0.1, for batches of about 128.
         curvature: ``Kronecker()`` (default), ``EigenKronecker()``, ``Adaptive()`` or ``Identity()``.
         terminal: ``Gradient()`` (default), or ``Matched``, ``Exact``, ``Sampled`` with the loss module.
         coupling: ``"batch"`` (default), the joint problem of all samples, exact; ``"sample"``, the paper's
