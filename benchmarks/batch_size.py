@@ -9,7 +9,6 @@ was stopped, and at the end writes docs/results/batch_size.md.
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,14 +30,15 @@ from ddpnopt.experiments.interrupt import StopRequest
 
 BUDGET = "quick"
 DEFAULT = 0.1
+TASKS = ("digits", "cifar-cnn", "cifar-resnet", "characters")
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Which learning rate suits which batch size: DDPNOpt at fixed samples per learning rate, beside AdamW."""
 
-    tasks: tuple[str, ...] = ("digits", "cifar-cnn", "cifar-resnet", "characters")
-    """The suite's, by name."""
+    tasks: tuple[str, ...] = ()
+    """The suite's, by name. None: of digits, cifar-cnn, cifar-resnet and characters those whose files are at hand."""
 
     batches: tuple[int, ...] = (4, 8, 16, 32, 64)
     """Batch sizes."""
@@ -69,7 +69,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"batch_size: no task {unknown[0]!r}; choose of: {', '.join(registration.tasks)}", file=sys.stderr)
         return 2
-    path, began = arguments.out / "records" / "batch_size.jsonl", time.perf_counter()
+    if not arguments.tasks:
+        here = tuple(name for name in TASKS if _at_hand(registration.tasks[name], arguments.data))
+        arguments = replace(arguments, tasks=here)
+    path = arguments.out / "records" / "batch_size.jsonl"
     wanted = [run for name in arguments.tasks for run in runs(arguments, registration, name)]
     try:
         with StopRequest() as stop, Bar("batch sizes", len(wanted)) as bar:
@@ -83,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"batch_size: {error}", file=sys.stderr)
         return 2
     found = arguments.out / "batch_size.md"
-    write_atomic(found, page(arguments, registration, records.read(path), time.perf_counter() - began).encode())
+    write_atomic(found, page(arguments, registration, records.read(path)).encode())
     print(found)
     return 0
 
@@ -97,6 +100,15 @@ def runs(arguments: Arguments, registration: Registration, name: str) -> list[Ru
         for method, lr in rates(arguments, batch)
         for run in repeated(arguments, registration, name, batch, method, lr)
     ]
+
+
+def _at_hand(task: Task, folder: Path | None) -> bool:
+    try:
+        load(task.data, task.sizes[BUDGET], folder)
+    except ValueError as error:
+        print(f"left out: {task.name}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def rates(arguments: Arguments, batch: int) -> list[tuple[str, float]]:
@@ -115,27 +127,32 @@ def repeated(
     return [Run(sized, BUDGET, own, lr, own.options(), seed) for seed in range(arguments.seeds)]
 
 
-def page(arguments: Arguments, registration: Registration, known: records.Records, seconds: float) -> str:
+def page(arguments: Arguments, registration: Registration, known: records.Records) -> str:
     """Lay the figures out."""
+    seconds = 0.0
 
     def score(name: str, batch: int, method: str, lr: float) -> float:
         """Mean over seeds; minus infinity if one diverged."""
+        nonlocal seconds
         found = [
             known[records.key(run.settings())] for run in repeated(arguments, registration, name, batch, method, lr)
         ]
+        seconds += sum(one["wall"] for one in found)
         last = [-math.inf if one["diverged"] else one["validation"][-1] for one in found]
         return sum(last) / len(last)
 
     sections = []
     gaps: list[list[float]] = [[] for _ in range(1 + len(arguments.samples))]
+    above = [0] * len(gaps)
     for name in arguments.tasks:
         rows = []
         for batch in arguments.batches:
             own = [score(name, batch, method, lr) for method, lr in rates(arguments, batch)]
             ours, theirs = own[: 1 + len(arguments.samples)], own[1 + len(arguments.samples) :]
-            for column, value in zip(gaps, ours, strict=True):
-                column.append(max(ours) - value)
             best = max(range(len(theirs)), key=theirs.__getitem__)
+            for i, value in enumerate(ours):
+                gaps[i].append(max(ours) - value)
+                above[i] += value > theirs[best]
             cells = [f"**{value:.1f}**" if value == max(ours) else f"{value:.1f}" for value in ours]
             rows.append([str(batch), *cells, f"{theirs[best]:.1f} ({arguments.rival_lrs[best]:g})"])
         ours_header = [f"lr {DEFAULT:g}", *(f"lr batch/{samples:,}" for samples in arguments.samples)]
@@ -143,8 +160,10 @@ def page(arguments: Arguments, registration: Registration, known: records.Record
         sections.append(f"## {registration.tasks[name].title}\n\n{table(header, rows)}\n")
     lost = [["points below the best of the row, mean", *(f"{sum(own) / len(own):.1f}" for own in gaps), ""]]
     lost += [["most", *(f"{max(own):.1f}" for own in gaps), ""]]
+    lost += [["rows in which it is above AdamW's best", *(f"{count} of {len(gaps[0])}" for count in above), ""]]
     tables = "\n".join(sections)
-    options = ("tasks", "batches", "samples", "rival_lrs", "steps", "seeds")
+    options = ("batches", "samples", "rival_lrs", "steps", "seeds")
+    named = () if arguments.tasks == TASKS else ("tasks",)
     return f"""# Learning rate and batch size
 
 The batch's own curvature stands against `M / lr` of the samples seen before: a step remembers about `1 / lr` batches,
@@ -159,7 +178,8 @@ one rule for all tasks and batches.
 {table(["", *header[1:]], lost)}
 
 {tables}
-Command: `{command("batch_size.py", arguments, options)}` ({duration(seconds)}), ddpnopt {version("ddpnopt")}.
+Command: `{command("batch_size.py", arguments, (*named, *options))}` ({duration(seconds)} of computing), ddpnopt
+{version("ddpnopt")}.
 """
 
 
