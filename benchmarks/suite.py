@@ -4,7 +4,8 @@
     python benchmarks/suite.py digits
 
 Tasks, sizes, search spaces, seeds and rules stand in benchmarks/_suite/registration.toml. Each finished run is one line
-in docs/results/records; the same command goes on where it was stopped, and at the end writes docs/results/suite.md.
+in docs/results/records; the same command goes on where it was stopped, and at the end writes docs/results/suite.md,
+with --budget full suite-full.md.
 """
 
 import sys
@@ -20,7 +21,7 @@ from _suite.carrying import Plan, Recorder, StoppedError, carry_out
 from _suite.claims import claims, judged
 from _suite.figures import profiles
 from _suite.methods import installed
-from _suite.page import FIGURE, page
+from _suite.page import file_names, page
 from _suite.registration import REGISTRATION, Budget, Registration, read
 from _suite.study import outcome
 from _suite.tasks import load
@@ -103,11 +104,12 @@ def _report(arguments: Arguments, registration: Registration) -> int:
     if not outcomes:
         print("suite: no task is on record with its reference; name a task", file=sys.stderr)
         return 2
-    save_png(profiles(outcomes, tuple(registration.methods.values())), arguments.out / FIGURE)
+    file, figure = file_names(arguments.budget)
+    save_png(profiles(outcomes, tuple(registration.methods.values())), arguments.out / figure)
     software = f"ddpnopt {version('ddpnopt')}, " + ", ".join(
         f"{package} {version(package)}" for package in RIVALS if version(package) is not None
     )
-    path = arguments.out / "suite.md"
+    path = arguments.out / file
     write_atomic(path, page(registration, outcomes, arguments.budget, software).encode())
     print(path)
     failed = [claim for claim in claims(judged(outcomes), registration.claims) if not claim.holds]

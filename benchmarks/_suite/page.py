@@ -11,7 +11,11 @@ from .scoring import holm
 from .study import Entry, Outcome, floor
 from .tuning import count
 
-FIGURE = "suite-profiles.png"
+
+def file_names(budget: str) -> tuple[str, str]:
+    """Of the page and of its figure."""
+    stem = "suite" if budget == "quick" else f"suite-{budget}"
+    return f"{stem}.md", f"{stem}-profiles.png"
 
 
 def page(registration: Registration, outcomes: Sequence[Outcome], budget: str, python: str) -> str:
@@ -28,7 +32,7 @@ def page(registration: Registration, outcomes: Sequence[Outcome], budget: str, p
         [
             _head(registration, outcomes, budget),
             _first(registration, complete),
-            _overview(complete),
+            _overview(complete, budget),
             _methods(registration, outcomes),
             _sensitivity(registration, outcomes),
             _ablation(registration, outcomes),
@@ -41,12 +45,15 @@ def page(registration: Registration, outcomes: Sequence[Outcome], budget: str, p
 def _head(registration: Registration, outcomes: Sequence[Outcome], budget: str) -> str:
     left = [task.title for name, task in registration.tasks.items() if name not in {o.task.name for o in outcomes}]
     not_run = f"Not run: {'; '.join(left)}." if left else "All tasks were run."
-    sizes = "sizes for one slow core" if budget == "quick" else "sizes for a larger machine"
+    sizes = {
+        "quick": "sizes for one slow core, short runs; they say little about long training",
+        "full": "sizes for a larger machine, long runs",
+    }[budget]
     return f"""# Nine tasks, DDPNOpt and its rivals
 
 Every method gets the same number of tuning trials on validation data; targets are set by rules that stand in
 [`registration.toml`](../../benchmarks/_suite/registration.toml), first committed before the first scored run.
-Budget `{budget}`: {sizes}, short runs; they say little about long training.
+Budget `{budget}`: {sizes}.
 {len(outcomes)} of {len(registration.tasks)} tasks are on record. {not_run}
 """
 
@@ -87,7 +94,7 @@ def _losses(outcome: Outcome) -> list[str]:
     return [f"* **{outcome.task.title}**: {'; '.join(parts)}."] if parts else []
 
 
-def _overview(complete: Sequence[Outcome]) -> str:
+def _overview(complete: Sequence[Outcome], budget: str) -> str:
     header = ["over tuned AdamW's", "early, steps", "final, steps", "final, time", "memory", "test, points"]
     rows = []
     for outcome in complete:
@@ -110,7 +117,7 @@ def _overview(complete: Sequence[Outcome]) -> str:
 Steps and time: ratios of medians over seeds, below 1 is less than AdamW; ∞: DDPNOpt misses the target. Test: difference
 paired by seed, with 95 % t interval.
 
-![Performance profiles]({FIGURE})
+![Performance profiles]({file_names(budget)[1]})
 
 Share of tasks in which a method's steps (left) or time (right) to the final target are at most a factor times the best
 method's; a method that misses never counts.
