@@ -68,8 +68,9 @@ class DDPNOpt(torch.optim.Optimizer):
         feedback: ``False`` sets ``Q_ux = 0`` in both passes: no layer sees another. With ``coupling="sample"`` this is
             SGD, RMSprop or EKFAC, by the curvature. It is also off
             while a BatchNorm takes its statistics from the batch, which :meth:`report` says.
-        momentum: weight of the last update, as a drift the policy takes into account. Default: 0.5 in the batch
-            form, 0 in the others, which coincide with published optimizers.
+        momentum: weight of the last update, as a drift the policy takes into account; as ``lr`` falls the drift falls
+            with it, as ``lr`` rises it does not grow. Default: 0.5 in the batch form, 0 in the others, which coincide
+            with published optimizers.
         weight_decay: ``gamma`` of the stage cost ``gamma / 2 |u|^2`` per layer; default 0.
         decoupled_weight_decay: ``True`` makes ``weight_decay`` what it is in ``torch.optim.AdamW``: no cost, but a pull
             of the weights towards 0, by ``lr * weight_decay`` of themselves a step (divided by ``1 + lr *
@@ -132,11 +133,11 @@ class DDPNOpt(torch.optim.Optimizer):
         check_options(self.curvature, self.terminal, coupling, feedback, on_nonfinite)
         check_stages(coupling, stages)
         momentum = default_momentum(coupling) if momentum is None else momentum
-        numbers = {
+        defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
         }  # fmt: skip
-        check_numbers(numbers)
+        check_numbers(defaults)
         wrapper: Any = None
         if isinstance(model_or_params, nn.Module):
             drop_old_code(model_or_params)
@@ -151,7 +152,7 @@ class DDPNOpt(torch.optim.Optimizer):
         if isinstance(coupling, Dense):
             check_chain(model_or_params)
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
-        super().__init__(params, numbers)
+        super().__init__(params, defaults)
         self._steps = 0
         self._refused: dict[str, str] = {}
         self._failures = 0
