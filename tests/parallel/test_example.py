@@ -15,8 +15,8 @@ from launch import launch
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 KEPT: list[dict[str, object]] = []
-"""What examples have left: a DistributedDataParallel that outlives its group waits, at its end and with the interpreter's
-lock, for a thread of gloo's that may want this lock. Here nothing ends before the process does."""
+"""What examples have left: a DistributedDataParallel that outlives its group waits, at its end and holding the
+interpreter's lock, for a thread of gloo's that may want this lock. Here nothing ends before the process does."""
 
 
 def printed(rank: int, size: int, script: str, *words: str) -> str:
