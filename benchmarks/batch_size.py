@@ -73,8 +73,8 @@ def main(words: Sequence[str] | None = None) -> int:
         here = tuple(name for name in TASKS if _at_hand(registration.tasks[name], arguments.data))
         arguments = replace(arguments, tasks=here)
     path = arguments.out / "records" / "batch_size.jsonl"
-    wanted = [run for name in arguments.tasks for run in runs(arguments, registration, name)]
     try:
+        wanted = [run for name in arguments.tasks for run in runs(arguments, registration, name)]
         with StopRequest() as stop, Bar("batch sizes", len(wanted)) as bar:
             recorder = Recorder(path, registration.digest, arguments.data, stop, bar.advance)
             for run in wanted:
@@ -123,21 +123,19 @@ def repeated(
     """The runs of one kind, by seed."""
     task, own = registration.tasks[name], registration.methods[method]
     size = replace(task.sizes[BUDGET], batch=batch, steps=arguments.steps)
-    sized = Task(task.name, task.title, task.data, task.network, {BUDGET: size})
+    sized = replace(task, sizes={BUDGET: size})
     return [Run(sized, BUDGET, own, lr, own.options(), seed) for seed in range(arguments.seeds)]
 
 
 def page(arguments: Arguments, registration: Registration, known: records.Records) -> str:
     """Lay the figures out."""
-    seconds = 0.0
+    seconds: dict[str, float] = {}  # by run: two columns may name the same one
 
     def score(name: str, batch: int, method: str, lr: float) -> float:
         """Mean over seeds; minus infinity if one diverged."""
-        nonlocal seconds
-        found = [
-            known[records.key(run.settings())] for run in repeated(arguments, registration, name, batch, method, lr)
-        ]
-        seconds += sum(one["wall"] for one in found)
+        keys = [records.key(run.settings()) for run in repeated(arguments, registration, name, batch, method, lr)]
+        found = [known[key] for key in keys]
+        seconds.update((key, one["wall"]) for key, one in zip(keys, found, strict=True))
         last = [-math.inf if one["diverged"] else one["validation"][-1] for one in found]
         return sum(last) / len(last)
 
@@ -162,8 +160,9 @@ def page(arguments: Arguments, registration: Registration, known: records.Record
     lost += [["most", *(f"{max(own):.1f}" for own in gaps), ""]]
     lost += [["rows in which it is above AdamW's best", *(f"{count} of {len(gaps[0])}" for count in above), ""]]
     tables = "\n".join(sections)
-    options = ("batches", "samples", "rival_lrs", "steps", "seeds")
-    named = () if arguments.tasks == TASKS else ("tasks",)
+    options: tuple[str, ...] = ("batches", "samples", "rival_lrs", "steps", "seeds")
+    options = options if arguments.tasks == TASKS else ("tasks", *options)
+    computing = duration(sum(seconds.values()))
     return f"""# Learning rate and batch size
 
 The batch's own curvature stands against `M / lr` of the samples seen before: a step remembers about `1 / lr` batches,
@@ -178,8 +177,7 @@ one rule for all tasks and batches.
 {table(["", *header[1:]], lost)}
 
 {tables}
-Command: `{command("batch_size.py", arguments, (*named, *options))}` ({duration(seconds)} of computing), ddpnopt
-{version("ddpnopt")}.
+Command: `{command("batch_size.py", arguments, options)}` ({computing} of computing), ddpnopt {version("ddpnopt")}.
 """
 
 

@@ -58,7 +58,7 @@ class BlockTerms:
     seen: Columns | None = None
 
     def drift(self) -> list[tuple[Tensor, float]]:
-        """The drift as matrices and their shares in ``M^-1 Q_u``'s units: minus the change of ``u`` over ``lr``."""
+        """The drift over ``-lr``, in units of ``M^-1 Q_u``: matrices ``[out, fan_in]``, each with its share."""
         own = self.settings
         moved = [(self.velocity, own.momentum)] if own.momentum and self.velocity is not None else []
         return [*moved, *([(self.control, own.shrinkage)] if own.shrinkage and self.control is not None else [])]

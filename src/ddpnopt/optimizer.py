@@ -166,7 +166,7 @@ class DDPNOpt(torch.optim.Optimizer):
             self._recorder.inside(wrapper)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; its ``lr``, ``momentum`` and ``weight_decay`` are checked as at construction."""
+        """Add a group of parameters; its numbers are checked as at construction."""
         check_numbers({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:

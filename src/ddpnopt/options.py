@@ -18,7 +18,7 @@ OnNonfinite = Literal["raise", "skip"]
 
 
 def check_numbers(group: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless a parameter group's ``lr``, ``momentum`` and ``weight_decay`` are in range."""
+    """Raise ``ValueError`` unless a parameter group's numbers are in range and its decay is decoupled or not."""
     ranges = {"lr": "a step size >= 0 such as 0.1", "momentum": "a number in [0, 1)", "weight_decay": "a number >= 0"}
     for name, wanted in ranges.items():
         given = group[name]
