@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import CURVATURES, NETWORKS, Case
-from ddpnopt import Batch, DDPNOpt, Dense, Exact, Gradient, Identity, Kronecker, Matched, Sampled
+from ddpnopt import Batch, DDPNOpt, Dense, Exact, Gradient, Identity, Kronecker, Matched, Sampled, StepError
 from ddpnopt.terminal import Terminal
 
 Loss = nn.Module
@@ -340,6 +340,20 @@ def test_zero_grad_between_two_backward_passes_through_one_graph() -> None:
 
     for new, wanted in zip(weights(True), weights(False), strict=True):
         assert torch.equal(new, wanted)
+
+
+def test_a_forward_pass_serves_one_step() -> None:
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(4, 3))  # whose gradient needs no weight, so that autograd lets it pass
+    optimizer = DDPNOpt(model, 0.1)
+    output = model(torch.randn(6, 4))
+    output.sum().backward(retain_graph=True)
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    output.square().mean().backward()
+    with pytest.raises(StepError, match="a step was already made from: run the model again"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 @pytest.mark.parametrize("coupling", ["batch", "sample"])

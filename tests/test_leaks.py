@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ddpnopt import DDPNOpt, Exact, Gradient, StepError
 from ddpnopt.passes import Pass
@@ -142,6 +143,60 @@ def test_activations_are_gone_when_step_returns() -> None:
     training.optimizer.step()
     del loss
     assert live() == before
+
+
+class Watch(nn.Module):
+    """Notes in every run without gradients which of the tensors of earlier runs with gradients are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nominal: list[StorageWeakRef] = []
+        self.left: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.nominal.append(StorageWeakRef(x.untyped_storage()))
+        else:
+            self.left.append(sum(not ref.expired() for ref in self.nominal))
+        return x
+
+
+@pytest.mark.parametrize("form", ["loss", "with backward", "plain"])
+@pytest.mark.parametrize("chain", [True, False])
+def test_nominal_states_are_gone_before_the_second_forward_pass(form: str, chain: bool) -> None:
+    """Of convolutions, whose columns do not hold them."""
+    torch.manual_seed(0)
+    start, watch, end = nn.Conv2d(1, 8, 3), Watch(), nn.Sequential(nn.Conv2d(8, 2, 3), nn.Flatten())
+    model = nn.Sequential(start, nn.Tanh(), watch, end) if chain else Branched(start, watch, end)
+    x, y, criterion = torch.randn(5, 1, 5, 5), torch.randint(2, (5,)), nn.CrossEntropyLoss()
+    optimizer = DDPNOpt(model, 1e-3)
+
+    def backward() -> Tensor:
+        loss: Tensor = criterion(model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    for _ in range(2):
+        if form == "loss":
+            optimizer.step(lambda: criterion(model(x), y))
+        elif form == "with backward":
+            optimizer.step(backward)
+        else:
+            backward()
+            optimizer.step()
+    assert len(watch.nominal) == 2
+    assert watch.left == [0, 0]
+
+
+class Branched(nn.Module):
+    def __init__(self, start: nn.Module, watch: nn.Module, end: nn.Module):
+        super().__init__()
+        self.start, self.watch, self.end = start, watch, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.watch(torch.tanh(self.start(x)))
+        end: Tensor = self.end(h) + h.flatten(1)[:, :2]
+        return end
 
 
 def evaluate(training: Training) -> None:

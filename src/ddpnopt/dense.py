@@ -32,7 +32,7 @@ from .curvature import Curvature
 from .errors import StepError
 from .joined import joined
 from .layers import Block, Call
-from .linearise import Linearised, TerminalValue
+from .linearise import Linearised, TerminalValue, inner_products
 from .network import Layer, Network, Stage, flattened, is_sequential
 from .passes import Run
 from .value import DensePolicy, SampleValue
@@ -251,8 +251,13 @@ def sweep(
         policies[stage] = StagePolicy(DensePolicy(change, end.weight), tuple(ready), gram)
         blocks[stage] = [(block, Q) for block, (_, Q) in zip(layer.blocks, columns, strict=True)]
         visit = visits[layer.module]
-        unit: list[Tensor | None] = [None] * len(visit.inputs) if first else [_unit_columns(x)]
-        visits[layer.module] = replace(visit, cotangents=unit)
+        none: list[Tensor | None] = [None] * len(visit.shapes)
+        unit = None if first else _unit_columns(x)
+        visits[layer.module] = replace(
+            visit,
+            cotangents=none if unit is None else [unit],
+            products=none if unit is None else [inner_products(unit, x)],
+        )
         V_x, V_xx = expansion.Q_x - change[1:].mT, expansion.Q_xx - gram[:, 1:, 1:]
     return Linearised(replace(whole.recorded, visits=visits), None), blocks, policies
 

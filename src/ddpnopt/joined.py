@@ -14,7 +14,7 @@ from .state import joined_state
 
 
 def joined(parts: Sequence[Linearised]) -> Linearised | None:
-    """Several passes as one, batches side by side; ``None`` if they do not stack.
+    """Several passes as one, batches side by side, products kept; ``None`` if they do not stack.
 
     Arguments that lead with the batch are stacked; others (a flag, the number of tokens) have to be equal.
 
@@ -65,9 +65,13 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _joined_visit(visits: Sequence[Visit], columns: bool) -> Visit:
-    inputs = [torch.cat(xs) for xs in zip(*(v.inputs for v in visits), strict=True)]
+    products = [
+        None if any(p is None for p in ps) else torch.cat([p for p in ps if p is not None], 1)
+        for ps in zip(*(v.products for v in visits), strict=True)
+    ]
+    shapes = [(sum(s[0] for s in own), *own[0][1:]) for own in zip(*(v.shapes for v in visits), strict=True)]
     cotangents = [
         None if any(c is None for c in cs) else torch.cat([c for c in cs if c is not None], dim + int(columns))
         for dim, *cs in zip(visits[0].dims, *(v.cotangents for v in visits), strict=True)
     ]
-    return Visit(inputs, cotangents, visits[0].dims)
+    return Visit([], cotangents, visits[0].dims, shapes, products)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch.utils import _pytree as pytree
 from .columns import CHUNK, Columns, ScaledColumns, over_batches, over_uses
 from .conditions import redrawn
 from .errors import StepError
+from .finite import all_finite
 from .layers import Call
 from .network import Layer
-from .passes import Pass, Run, fronted, wide
+from .passes import Pass, Run, fronted, signed_sum, wide
 from .terminal import Factored, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
@@ -46,28 +48,59 @@ class Linearised:
     def deviation(self, stage: nn.Module, inputs: Sequence[Tensor], name: str) -> Tensor | None:
         """``r = P' dx [R, B]`` of a stage's own inputs, now ``inputs``; ``None`` if nothing before it moves.
 
-        Asked once: the gradients at the inputs are let go of.
+        Asked once, after :meth:`keep_products`: the gradients at the inputs are let go of.
         """
         visit = self.recorded.visits[stage]
-        shapes, now = [tuple(x.shape) for x in visit.inputs], [tuple(x.shape) for x in inputs]
-        if shapes != now:
+        now = [tuple(x.shape) for x in inputs]
+        if visit.shapes != now:
             raise StepError(
-                f"the input of {name or 'the model'} had shape {shapes} in the forward pass and {now} in the second "
-                f"one that step() runs: the batch was changed between forward and step"
+                f"the input of {name or 'the model'} had shape {visit.shapes} in the forward pass and {now} in the "
+                f"second one that step() runs: the batch was changed between forward and step"
             )
         total = None
-        for x, new, cotangent, dim in zip(visit.inputs, inputs, visit.cotangents, visit.dims, strict=True):
-            if cotangent is None:
+        for before, new, cotangent, dim in zip(visit.products, inputs, visit.cotangents, visit.dims, strict=True):
+            if cotangent is None or before is None:
                 continue
-            product = self.projected(cotangent, new, x, dim)
+            product = self.projected(cotangent, new, before, dim)
             total = product if total is None else total + product
         visit.cotangents[:] = [None] * len(visit.cotangents)
         return total
 
-    def projected(self, cotangent: Tensor, new: Tensor, old: Tensor, dim: int = 0) -> Tensor:
-        """``P' dx [R, B]`` of one tensor, ``dx = new - old`` with the batch in front; ``dim`` as in :meth:`columns`."""
-        r = inner_products(self.unscaled(cotangent, dim), new, old)
+    def projected(self, cotangent: Tensor, new: Tensor, before: Tensor, dim: int = 0) -> Tensor:
+        """``P' dx [R, B]`` of one tensor, now ``new`` with the batch in front; ``dim`` as in :meth:`columns`.
+
+        ``before``: the inner products with the nominal tensor, but for ``scale``.
+        """
+        r = inner_products(self.unscaled(cotangent, dim), new) - before
         return r if self.scale is None else r * self.scale.to(r)
+
+    def keep_products(self) -> None:
+        """Find the inner products of the pass's states with the gradients, and let go of the states.
+
+        ``<P, x' - x> = <P, x'> - <P, x>`` is as exact as ``x'`` is: either is rounded in parts of the size of
+        ``<P, x>``. So nominal states need not be kept over the second forward pass. Where a product is not finite,
+        they are kept, and the pass is not spent: what the step fails of can be found then.
+        """
+        recorded = self.recorded
+        visits = recorded.visits.values()
+        lives = [] if recorded.state is None else list(chain.from_iterable(recorded.state.live.values()))
+        for visit in visits:
+            own = zip(visit.inputs, visit.cotangents, visit.dims, strict=True)
+            visit.products = [None if c is None else inner_products(self.unscaled(c, dim), x) for x, c, dim in own]
+        for live in lives:
+            assert recorded.state is not None
+            assert live.value is not None
+            cotangent = signed_sum(recorded.state.cotangents, live.terms)
+            if cotangent is not None:
+                value = fronted(live.value, live.dim)
+                live.product = inner_products(self.unscaled(cotangent, live.dim), value)
+        found = [*chain.from_iterable(visit.products for visit in visits), *(live.product for live in lives)]
+        recorded.spent = all_finite(x for x in (*found, *recorded.cotangents) if x is not None)
+        if recorded.spent:
+            for visit in visits:
+                visit.inputs = []
+            for live in lives:
+                live.value = None
 
 
 @dataclass(frozen=True)
@@ -236,17 +269,20 @@ def _pulled(
     return again, len(factor), factor.device
 
 
-def inner_products(columns: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``<P_rb, new_b - old_b>``, ``[R, B]``, for columns ``[R, B, ...]``; some samples at a time, within the cache."""
+def inner_products(columns: Tensor, x: Tensor) -> Tensor:
+    """``<P_rb, x_b>``, ``[R, B]``, for columns ``[R, B, ...]``; some samples at a time, within the cache.
+
+    No matrix product, which may round more coarsely than the tensors are (TF32).
+    """
     samples = max(1, CHUNK * columns.shape[1] // max(1, columns.numel()))
     if samples >= columns.shape[1]:
-        return _inner_products(columns, new - old)
-    parts = zip(columns.split(samples, 1), new.split(samples), old.split(samples), strict=True)
-    return torch.cat([_inner_products(P, x - before) for P, x, before in parts], 1)
+        return _inner_products(columns, x)
+    parts = zip(columns.split(samples, 1), x.split(samples), strict=True)
+    return torch.cat([_inner_products(P, own) for P, own in parts], 1)
 
 
-def _inner_products(columns: Tensor, dx: Tensor) -> Tensor:
-    products = columns * dx.to(columns.dtype)
+def _inner_products(columns: Tensor, x: Tensor) -> Tensor:
+    products = columns * x.to(columns.dtype)
     return products if products.ndim == 2 else products.sum(tuple(range(2, products.ndim)))
 
 

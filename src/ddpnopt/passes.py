@@ -37,17 +37,26 @@ class Run:
     rng: list[Tensor] | None = None
     stray: bool = False
 
+    def let_go(self, *, cotangents: bool) -> None:
+        """Drop the inputs, and the gradients if they are not wanted any more either."""
+        self.args, self.kwargs = (), {}
+        if cotangents:
+            self.cotangents[:] = [None] * len(self.cotangents)
+
 
 @dataclass(eq=False)
 class Visit:
     """A stage's state at its first run: floating-point inputs, and the gradients at them.
 
-    The inputs are detached and lead with the batch; where it is in the gradients, ``dims`` says.
+    The inputs are detached and lead with the batch; where it is in the gradients, ``dims`` says. In the end their
+    inner products with the gradients, ``[R, B]``, take their place (``None`` without a gradient).
     """
 
     inputs: list[Tensor]
     cotangents: list[Tensor | None]
     dims: list[int]
+    shapes: list[tuple[int, ...]]
+    products: list[Tensor | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -72,18 +81,22 @@ class Live:
 
     Args:
         place: where it can be measured.
-        value: nominal, detached; ``version`` counts the writes into it until then.
+        value: nominal, detached; ``version`` counts the writes into it until then. In the end ``product [R, B]``, its
+            inner products with the gradient (``None`` without one), takes its place.
+        shape: of the value.
         dim: which of its dimensions is the batch.
         terms: the gradient ``p`` as slots of :attr:`State.cotangents` with their signs.
         stages: the stages.
     """
 
     place: Place
-    value: Tensor
+    value: Tensor | None
     version: int
+    shape: torch.Size
     dim: int
     terms: tuple[tuple[int, int], ...]
     stages: tuple[nn.Module, ...]
+    product: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -158,6 +171,7 @@ class Pass:
         batch: length of the first tensor among them.
         conditions: what else the pass depended on.
         own_draws: it drew random numbers or wrote buffers: a larger batch would not have done the same.
+        spent: a step has let go of what was recorded.
         runs, visits: of layers, and of stages in the order they ran.
         state: what lives at the cuts, where this was asked for.
         leaves: the floating-point tensors of the output.
@@ -181,6 +195,7 @@ class Pass:
     edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
     reached: bool = False
     own_draws: bool = False
+    spent: bool = False
 
     def check_unwritten(self) -> None:
         """Raise :class:`StepError` if an argument was written into since the forward pass."""

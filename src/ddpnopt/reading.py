@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from .columns import Columns, ScaledColumns, over_uses
-from .layers import Block
+from .coupling import relinearises
+from .layers import Block, rule_for
 from .linearise import Linearised, columns_of
-from .network import Layer, Stage, Tied
+from .network import Layer, Network, Stage, Tied
 from .rollout import Later, later_columns
 from .task import Outcome, Task
 
@@ -29,7 +30,13 @@ SILENT = (
 def blocks_by_stage(
     task: Task, linearised: Sequence[Linearised], outcome: Outcome
 ) -> dict[Stage, list[tuple[Block, Columns]]]:
-    """Blocks with their columns, by stage, in the order the stages ran."""
+    """Blocks with their columns, by stage, in the order the stages ran.
+
+    What a layer's runs hold is let go of as soon as it has been read for the last time, but at the stages that no
+    product speaks for (the first): there it stays until the policies are found finite.
+    """
+    later = _read_later(task.network, linearised)
+    known = {m for one in linearised for m, v in one.recorded.visits.items() if any(p is not None for p in v.products)}
     stage_of = {stage.module: stage for stage in task.network.stages}
     visited = list(dict.fromkeys(module for one in linearised for module in one.recorded.visits))
     ran = [stage_of[module] for module in visited if module in stage_of]
@@ -45,8 +52,32 @@ def blocks_by_stage(
             pairs += read_layer(task, layer, linearised, outcome)
             for tied in tied_at.get(layer.module, ()):
                 pairs += read_tied(task, tied, linearised, outcome)
+            if stage.module in known and layer.module not in later:
+                let_go(task, linearised, layer.module)
         if pairs:
             found[stage] = pairs
+    return found
+
+
+def let_go(task: Task, linearised: Sequence[Linearised], layer: nn.Module | None = None) -> None:
+    """Drop what was recorded of a layer's runs, or all layers', and has been read.
+
+    Everything stays if something is not finite; gradients stay if stages are solved again in the rollout, and at
+    dense layers, whose columns hold them.
+    """
+    again = relinearises(task.coupling)
+    for recorded in (one.recorded for one in linearised if one.recorded.spent):
+        for run in recorded.runs:
+            if layer is None or run.layer is layer:
+                run.let_go(cotangents=not again and rule_for(run.layer).name != "linear")
+
+
+def _read_later(network: Network, linearised: Sequence[Linearised]) -> set[nn.Module]:
+    """Layers whose runs are read more than once: they share a parameter, or run on after another stage's cut."""
+    found = {owner.module for tied in network.tied for owner in tied.owners}
+    for one in linearised:
+        later = one.recorded.state.later.values() if one.recorded.state is not None else ()
+        found |= {one.recorded.runs[i].layer for places in later for i in places}
     return found
 
 

@@ -31,7 +31,7 @@ def restore_overwritten(recorded: Pass, recorder: Recorder) -> None:
     Later passes keep copies, so that this happens once.
     """
     live = [x for there in recorded.state.live.values() for x in there] if recorded.state is not None else []
-    lost = {x.place for x in live if x.value._version != x.version}
+    lost = {x.place for x in live if x.value is not None and x.value._version != x.version}
     if not lost:
         return
     recorder.overwritten |= lost
@@ -141,13 +141,13 @@ class _Deviation:
         tensors = floating(passed)
         for live in self._state.live[boundary]:
             index = live.place.index
-            if index >= len(tensors) or tensors[index].shape != live.value.shape:
+            if index >= len(tensors) or tensors[index].shape != live.shape:
                 continue
             self._missing.subtract(live.stages)
             cotangent = signed_sum(self._state.cotangents, live.terms)
-            if cotangent is not None:
-                new, old = (fronted(x, live.dim) for x in (tensors[index], live.value))
-                r = self._linearised.projected(cotangent, new, old, live.dim)
+            if cotangent is not None and live.product is not None:
+                new = fronted(tensors[index], live.dim)
+                r = self._linearised.projected(cotangent, new, live.product, live.dim)
                 for stage in live.stages:
                     self._add(stage, r)
 

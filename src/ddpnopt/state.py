@@ -66,7 +66,7 @@ class Tracer:
                 continue
             place = Place(*boundary, index)
             value = tensor.detach().clone() if place in self._overwritten else tensor.detach()
-            self._known[key] = self._count, Live(place, value, value._version, dim, (), ())
+            self._known[key] = self._count, Live(place, value, value._version, value.shape, dim, (), ())
 
     def begins(self, stage: nn.Module) -> None:
         """A run of a stage begins; its first is the stage's cut."""
@@ -102,7 +102,7 @@ class Tracer:
             stages = tuple(cuts[t].stage for t in at if cuts[t].stage not in state.lost)
             if stages:
                 seen = self._known[key][1]
-                live = Live(seen.place, seen.value, seen.version, seen.dim, taps.terms(key, part), stages)
+                live = replace(seen, terms=taps.terms(key, part), stages=stages)
                 state.live.setdefault((live.place.module, live.place.leaving, live.place.call), []).append(live)
         state.cotangents = [None] * taps.count
         return state, taps
@@ -167,13 +167,17 @@ class Tracer:
 
 
 def joined_state(states: Sequence[State], columns: bool) -> State | None:
-    """``None`` if not the same tensors live at the cuts of all passes."""
+    """The states of several passes side by side, products kept; ``None`` if not the same tensors live at all cuts."""
     first = states[0]
 
     def joined_live(same: Sequence[Live], slot: int) -> Live | None:
         if len({(x.place, x.dim, x.terms, x.stages) for x in same}) > 1:
             return None
-        return replace(same[0], value=torch.cat([x.value for x in same], same[0].dim), terms=((slot, 1),))
+        dim, products = same[0].dim, [x.product for x in same if x.product is not None]
+        shape = list(same[0].shape)
+        shape[dim] = sum(x.shape[dim] for x in same)
+        product = torch.cat(products, 1) if len(products) == len(same) else None
+        return replace(same[0], shape=torch.Size(shape), product=product, terms=((slot, 1),))
 
     whole = replace(first, live={}, cotangents=[])
     for state in states[1:]:

@@ -19,9 +19,9 @@ from .dense import Dense, sweep
 from .joined import joined
 from .layers import Block
 from .linearise import Linearised, TerminalValue
-from .network import Network, Stage, matrix_of
+from .network import Stage, matrix_of
 from .passes import floating, wide
-from .reading import blocks_by_stage, later_by_stage, name_the_silent, read_layer, read_tied
+from .reading import blocks_by_stage, later_by_stage, let_go, name_the_silent, read_layer, read_tied
 from .relinearise import met
 from .rollout import forward_pass, restore_overwritten
 from .sharing import Found, Shared, averaged, gathered_deviation, meet_at, of_this_rank, share
@@ -79,10 +79,13 @@ def closed_loop(task: Task) -> Outcome:
     policies: dict[Stage, StagePolicy] = {}
     blocks: dict[Stage, list[tuple[Block, Columns]]] = {}
     end: TerminalValue | None = None
+    coupled = task.coupled()
     if task.passes and task.recorder is not None:
         linearised, end = task.linearised(task.terminal)
         for one in linearised:
             restore_overwritten(one.recorded, task.recorder)
+            if coupled:
+                one.keep_products()
         if isinstance(task.coupling, Dense):
             with task.recorder.paused():
                 one, blocks, policies = sweep(
@@ -92,7 +95,6 @@ def closed_loop(task: Task) -> Outcome:
             linearised = [one]
         else:
             blocks = blocks_by_stage(task, linearised, outcome)
-    coupled = task.coupled()
     whole = joined(linearised) if len(blocks) > 1 and coupled else None
     later = later_by_stage(task, linearised, blocks) if whole is not None else {}
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
@@ -139,8 +141,7 @@ def closed_loop(task: Task) -> Outcome:
         return gathered_deviation(accord, stages.index(stage), r, len(end.a))
 
     if task.recorder is not None:
-        if not relinearises(task.coupling):
-            _let_go(task.network, linearised)
+        let_go(task, linearised)
         moving = {stage: [block for block, _ in blocks[stage]] for stage in policies}
         at_state = meet if relinearises(task.coupling) else None
         together = gather if accord.several and shared.whole else None
@@ -169,15 +170,6 @@ def _by_stage(stages: Sequence[Stage], found: Sequence[Found]) -> dict[Stage, li
     for at, block, columns in found:
         blocks.setdefault(stages[at], []).append((block, columns))
     return blocks
-
-
-def _let_go(network: Network, linearised: Sequence[Linearised]) -> None:
-    """Drop gradients at outputs that have been read for the last time; those of dense layers are in their columns."""
-    kept = {layer.module for layer in network.layers if layer.rule.name == "linear"}
-    for one in linearised:
-        for run in one.recorded.runs:
-            if run.layer not in kept:
-                run.cotangents[:] = [None] * len(run.cotangents)
 
 
 def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchValue | SampleValue:

@@ -119,6 +119,11 @@ class Recorder:
     def take(self) -> list[Pass]:
         """The passes that a backward pass has reached since the last step, oldest first."""
         live = [p for p in self.live if p.runs]
+        if any(p.spent for p in live):
+            raise StepError(
+                "loss.backward() went through a forward pass that a step was already made from: run the model again "
+                "after each step, or add up the losses before one"
+            )
         if self._unreached is not None and live and self._unreached not in [p.batch for p in live]:
             raise StepError(
                 f"the last forward pass had batch size {self._unreached}, the one that loss.backward() went through "
@@ -306,7 +311,7 @@ class Recorder:
             state = self.state(stage, (args, kwargs))
             inputs, dims = [x for x, _ in state], [dim for _, dim in state]
             moved = [fronted(x.detach(), dim) for x, dim in state]
-            visit = Visit(moved, [None] * len(inputs), dims)
+            visit = Visit(moved, [None] * len(inputs), dims, [tuple(x.shape) for x in moved])
             self._current.visits[stage] = visit
             self._tap(self._current, inputs, visit.cotangents)
 
