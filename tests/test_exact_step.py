@@ -25,6 +25,7 @@ def own_loss(y: Tensor, target: Tensor) -> Tensor:
 def terminals(criterion: nn.Module, network: str) -> dict[str, Terminal]:
     return {
         "gradient": Gradient(),
+        "gradient, capped": Gradient(cap=0.3),
         "matched": Matched(criterion, cap=CAP[network]),
         "exact": Exact(criterion),
         "sampled": Sampled(criterion, columns=2, seed=3),
@@ -37,6 +38,8 @@ def reference_terminal(name: str, network: str, case: Case, step: int) -> refere
         output = case.model(case.x)
     if name == "gradient":
         return reference.gradient(own_loss, output, case.y)
+    if name == "gradient, capped":
+        return reference.gradient(own_loss, output, case.y, cap=0.3)
     if name == "matched":
         return reference.matched(own_loss, output, case.y, cap=CAP[network])
     if name == "exact":
@@ -73,7 +76,7 @@ def frozen_R(optimizer: DDPNOpt, curvature: Curvature, decay: float, *, batch: b
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("terminal", ["gradient", "matched", "exact", "sampled", "exact, capped"])
+@pytest.mark.parametrize("terminal", ["gradient", "gradient, capped", "matched", "exact", "sampled", "exact, capped"])
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 @pytest.mark.parametrize("feedback", [True, False])
 @pytest.mark.parametrize("coupling", ["batch", "sample"])

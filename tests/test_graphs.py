@@ -118,7 +118,7 @@ def one_step(
         for p in case.model.parameters():
             p.mul_(2)  # so that layers move one another enough to tell states apart
     criterion = nn.CrossEntropyLoss()
-    end = {"gradient": Gradient(), "exact": Exact(criterion)}[terminal]
+    end = {"gradient": Gradient(cap=1), "exact": Exact(criterion)}[terminal]
     stages = list(case.steps) if own_input else None
     optimizer = DDPNOpt(case.model, LR[coupling], curvature=M, terminal=end, stages=stages, coupling=coupling)
     layers = layers_of(case, optimizer)

@@ -16,7 +16,7 @@ from .errors import NonFiniteError, StepError
 from .ranks import Ranks, UnreachableError
 
 WELL, FAILED, NOT_FINITE, OVERFLOW = range(4)
-SHORT = 2
+SHORT = 4
 """Numbers in an exchange before the ranks know one another's batches."""
 REASON = 400
 """Longest reason, in bytes."""
@@ -70,16 +70,21 @@ class Accord:
         """From now on exchanges are of ``length`` numbers."""
         self._length = length
 
-    def count(self, samples: int) -> None:
-        """Tell and learn how many samples every rank has."""
-        self.counts = [int(n) for n in self.exchange(samples)[:, 0]] if self.several else [samples]
-        if sum(self.counts) == 0 and self.several:
+    def count(self, samples: int, *sums: float) -> list[float]:
+        """Tell and learn how many samples every rank has; returns the totals of other sums over samples."""
+        if not self.several:
+            self.counts = [samples]
+            return list(sums)
+        found = self.exchange(samples, *sums)
+        self.counts = [int(n) for n in found[:, 0]]
+        if sum(self.counts) == 0:
             raise StepError("the batch is empty on every rank")
+        return [float(total) for total in found[:, 1 : 1 + len(sums)].sum(0)]
 
     def texts(self, own: str) -> list[str]:
         """Everybody's texts; sent in full only if they are not all the same."""
         data = own.encode()
-        said = self.exchange(zlib.crc32(data), len(data)).long().tolist()
+        said = self.exchange(zlib.crc32(data), len(data))[:, :2].long().tolist()
         if all(one == said[0] for one in said):
             return [own] * len(said)
         parts = self.ranks.gather(torch.frombuffer(bytearray(data), dtype=torch.uint8), [length for _, length in said])

@@ -17,7 +17,7 @@ from .finite import all_finite
 from .layers import Call
 from .network import Layer
 from .passes import Pass, Run, fronted, signed_sum, wide
-from .terminal import Factored, OutputLoss, RankOne, Terminal
+from .terminal import Factored, Gradient, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
 
@@ -97,6 +97,7 @@ class Linearised:
         found = [*chain.from_iterable(visit.products for visit in visits), *(live.product for live in lives)]
         recorded.spent = all_finite(x for x in (*found, *recorded.cotangents) if x is not None)
         if recorded.spent:
+            recorded.values = []
             for visit in visits:
                 visit.inputs = []
             for live in lives:
@@ -158,9 +159,9 @@ def linearise(
 
 
 def _scale(recorded: Pass, terminal: RankOne, loss: Tensor | None, share: float) -> Tensor:
-    if not terminal.needs_loss:
+    if isinstance(terminal, Gradient):
         arrived = next((c for run in recorded.runs for c in run.cotangents if c is not None), torch.empty(0))
-        return arrived.new_ones(recorded.batch, dtype=torch.promote_types(arrived.dtype, torch.float32))
+        return terminal.constant(wide(arrived), recorded.batch)
     return terminal.scale(_output_loss(recorded, terminal, loss, share)).detach()
 
 

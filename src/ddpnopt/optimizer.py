@@ -41,6 +41,7 @@ from .task import Outcome, Task
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .transaction import Transaction
+from .units import is_open, natural_cap, settled, sizes
 from .wrapped import unwrapped
 
 
@@ -158,6 +159,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._failures = 0
         self._skipped = 0
         self._usual_clip = 1.0
+        self._cap: float | None = None
         self._last: Outcome | None = None
         self._closed = self._warned = False
         self.traffic = Traffic()  # what this rank has sent
@@ -203,7 +205,8 @@ class DDPNOpt(torch.optim.Optimizer):
             ``"layers"``: for each stage ``"k"``, the length of its open-loop update in the curvature's measure
             ``|du|_R``, ``"feedback"``, that of what ``K dx`` added, and ``"predicted_decrease"``; the sum of these,
             ``"predicted_decrease"`` of the batch's loss, open loop; ``"actual_decrease"``, ``None`` unless the terminal
-            has a criterion; ``"factorisation_failures"``, how often a factorisation had to be tried again since
+            has a criterion; ``"cap"``, the decrease of its own loss asked of every sample, ``None`` where the terminal
+            names it; ``"factorisation_failures"``, how often a factorisation had to be tried again since
             the start; ``"skipped_steps"``, how many steps were left out since the start because something was not
             finite, by ``on_nonfinite="skip"`` or by a GradScaler. Before the first step, and after loading, the
             last of these alone.
@@ -216,6 +219,7 @@ class DDPNOpt(torch.optim.Optimizer):
             "layers": layers,
             "predicted_decrease": sum(figures["predicted_decrease"] for figures in layers.values()),
             "actual_decrease": None if actual is None else float(actual),
+            "cap": self._last.cap,
             "factorisation_failures": sum(s.get("failures", 0) for s in self.state.values()) + self._failures,
             "skipped_steps": self._skipped,
         }
@@ -308,7 +312,8 @@ class DDPNOpt(torch.optim.Optimizer):
             empty = accord.several and self._recorder is not None and found.empty(self._recorder)
             check_evaluated(found, network, empty=empty)
             passes = [p for p in found.passes if p.batch or not accord.several]
-            accord.count(sum(p.batch for p in passes))
+            asks = self._leaves_open
+            sums = accord.count(sum(p.batch for p in passes), *(sizes(passes, self.terminal.reduction) if asks else ()))
             with self._shards.whole():
                 states = {p: gathered(state, accord.ranks) for p, state in self.state.items()}
                 task = Task(
@@ -318,12 +323,20 @@ class DDPNOpt(torch.optim.Optimizer):
                 )  # fmt: skip
                 if scale is None and self._recorder is not None:
                     task = replace(task, loss_scale=found_scale(task))
+                cap = natural_cap(sums, sum(accord.counts), task.loss_scale, self._cap) if asks else None
+                if cap is not None:
+                    task = replace(task, terminal=settled(self.terminal, cap))
                 outcome = open_loop(task) if self._is_base else closed_loop(task)
                 transaction.check(outcome.states, states)
                 settle(task, outcome)
                 self._shards.keep()
-        outcome.clip = clip
+        outcome.clip, outcome.cap = clip, cap
         return outcome
+
+    @property
+    def _leaves_open(self) -> bool:
+        """Whether steps settle what they ask of a sample: the published forms ask for 1."""
+        return is_joint(self.coupling) and is_open(self.terminal)
 
     def _find_ranks(self) -> Ranks:
         """With whom to share the step; the adapted optimizer that needs no columns reads ``.grad``, as torch's do."""
@@ -349,6 +362,7 @@ class DDPNOpt(torch.optim.Optimizer):
             self.state[parameter] = self._shards.cut(own)
         self._steps += 1
         self._usual_clip = usual_after(self._usual_clip, outcome.clip)
+        self._cap = outcome.cap
         self._failures += outcome.failures
         self._last = outcome
         self._refused |= outcome.refused
@@ -371,7 +385,7 @@ class DDPNOpt(torch.optim.Optimizer):
             reads = not self._is_base or self.curvature.needs_columns
             self._recorder = Recorder(
                 self.model, [*layers, *outputs], stages, self.terminal.criterion,
-                whole_state=whole, local_gradients=reads, shards=self._shards,
+                whole_state=whole, values=self._leaves_open, local_gradients=reads, shards=self._shards,
             )  # fmt: skip
             weakref.finalize(self, self._recorder.close)
 
@@ -393,7 +407,7 @@ class DDPNOpt(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
         own = {"steps": self._steps, "skipped_steps": self._skipped, "refused": dict(self._refused)}
-        own["usual_clip"] = self._usual_clip
+        own |= {"usual_clip": self._usual_clip, "cap": self._cap}
         with saving(self, {**own, "curvature": type(self.curvature).__name__}):
             return super().state_dict()
 
@@ -412,12 +426,12 @@ class DDPNOpt(torch.optim.Optimizer):
         with loading(self, type(self.curvature).__name__, blocks, mesh) as loaded:
             super().load_state_dict(state_dict)
         self._steps, self._skipped = loaded.get("steps", 0), loaded.get("skipped_steps", 0)
-        self._usual_clip = loaded.get("usual_clip", 1.0)
+        self._usual_clip, self._cap = loaded.get("usual_clip", 1.0), loaded.get("cap")
         self._refused = dict(loaded.get("refused", {}))
 
     def __getstate__(self) -> dict[str, Any]:
         options = ["model", "curvature", "terminal", "coupling", "feedback", "stages", "on_nonfinite"]
-        kept = [*options, "_steps", "_failures", "_skipped", "_refused", "_usual_clip", "_closed", "_warned"]
+        kept = [*options, "_steps", "_failures", "_skipped", "_refused", "_usual_clip", "_cap", "_closed", "_warned"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -175,6 +175,7 @@ class Pass:
         runs, visits: of layers, and of stages in the order they ran.
         state: what lives at the cuts, where this was asked for.
         leaves: the floating-point tensors of the output.
+        values: these detached, where this was asked for.
         cotangents: gradients at these.
         criterion: what the criterion was last called with on one of them, and which one.
         outputs, edges: the leaves themselves and where to differentiate, kept only while the graph is ours.
@@ -189,6 +190,7 @@ class Pass:
     state: State | None = None
     versions: list[int] = field(default_factory=list)
     leaves: list[Leaf] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
     cotangents: list[Tensor | None] = field(default_factory=list)
     criterion: tuple[tuple[Any, ...], dict[str, Any], int] | None = None
     outputs: list[Tensor] = field(default_factory=list)

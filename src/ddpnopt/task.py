@@ -119,6 +119,7 @@ class Outcome:
         actual_decrease: of the loss on the same batch, where a criterion is known.
         failures: factorisations of the value's curvature that had to be tried again.
         clip: what the gradients were multiplied by after the backward pass.
+        cap: what was asked of every sample, where the step had to settle it.
         refused: layers whose rule failed or that were not seen to run, with the reason.
     """
 
@@ -127,4 +128,5 @@ class Outcome:
     actual_decrease: Tensor | None = None
     failures: int = 0
     clip: float = 1.0
+    cap: float | None = None
     refused: dict[str, str] = field(default_factory=dict)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .errors import NonFiniteError
 
 Reduction = Literal["mean", "sum"]
+Cap = float | Literal["auto"]
+"""A decrease of the loss; ``"auto"``: by the loss's units, see :mod:`ddpnopt.units`."""
 
 
 @dataclass(frozen=True)
@@ -76,34 +78,44 @@ class Factored(Terminal):
 
 @dataclass(frozen=True)
 class Gradient(RankOne):
-    """``Z = g``: the loss's curvature is the outer product of its gradient (Proposition 3 of the paper).
+    """``Z = g / sqrt(cap)``: the loss's curvature is the outer product of its gradient (Proposition 3 of the paper).
 
-    Asks every sample for a loss decrease of 1 per step. Needs nothing but the backward pass.
+    Asks every sample for a loss decrease of ``cap`` per step. Needs nothing but the backward pass.
 
     Args:
         reduction: whether the batch's loss is the ``"mean"`` (default) or the ``"sum"`` of the samples' losses.
+        cap: decrease of its own loss asked of a sample in one step. ``"auto"`` (default): 1, which suits
+            log-likelihoods and all losses whose gradient at the model's output is as short; in the batch form more
+            where it is longer (:mod:`ddpnopt.units`), so that targets in the hundreds and losses summed over many
+            outputs train too. 1 is the paper's.
 
     Raises:
-        ValueError: if ``reduction`` is neither.
+        ValueError: if ``reduction`` is neither, or ``cap`` is not a positive number.
 
     Example:
         >>> from ddpnopt import Gradient
         >>> Gradient()
-        Gradient(reduction='mean')
+        Gradient(reduction='mean', cap='auto')
     """
 
     reduction: Reduction = "mean"
+    cap: Cap = "auto"
     criterion = None
 
     def __post_init__(self) -> None:
         _check_reduction("Gradient", self.reduction)
+        _check_cap("Gradient", self.cap)
 
     @property
     def needs_loss(self) -> bool:
         return False
 
     def scale(self, loss: OutputLoss) -> Tensor:
-        return loss.output.new_ones(loss.batch)
+        return self.constant(loss.output, loss.batch)
+
+    def constant(self, like: Tensor, batch: int) -> Tensor:
+        """``c [B]``, for which no loss is needed."""
+        return like.new_full((batch,), 1 / math.sqrt(_number(self.cap)))
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,8 @@ class Matched(RankOne):
     Args:
         criterion: the loss module the training loop calls on the model's output. ``None`` only for
             ``step(closure)`` with a closure that returns the loss without calling ``backward``.
-        cap: largest decrease of its own loss asked of a sample in one step; default 1.
+        cap: largest decrease of its own loss asked of a sample in one step; default ``"auto"``, see
+            :class:`Gradient`.
         reduction: of the loss, where the criterion does not say; default ``"mean"``.
 
     Raises:
@@ -124,11 +137,11 @@ class Matched(RankOne):
         >>> import torch
         >>> from ddpnopt import Matched
         >>> Matched(torch.nn.CrossEntropyLoss())
-        Matched(criterion=CrossEntropyLoss(), cap=1.0, reduction='mean')
+        Matched(criterion=CrossEntropyLoss(), cap='auto', reduction='mean')
     """
 
     criterion: nn.Module | None = None
-    cap: float = 1.0
+    cap: Cap = "auto"
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
@@ -146,7 +159,7 @@ class Matched(RankOne):
         square = g.square().sum(1).square()
         # with w g for g and w H for H, what is left over of the weights is one w
         matched = torch.where(square > 0, loss.weight * curvature / square, torch.zeros_like(square))
-        return matched.clamp_min(1 / self.cap).sqrt()
+        return matched.clamp_min(1 / _number(self.cap)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -250,11 +263,16 @@ def _hessian_factor(loss: OutputLoss) -> Tensor:
     return factor.to(hessian.dtype)
 
 
-def _check_cap(name: str, cap: float | None) -> None:
-    if cap is None and name != "Matched":
+def _number(cap: Cap) -> float:
+    """The cap; 1 where nobody has settled it."""
+    return 1.0 if cap == "auto" else float(cap)
+
+
+def _check_cap(name: str, cap: Cap | None) -> None:
+    other = "auto" if name in ("Gradient", "Matched") else None
+    if cap == other or (isinstance(cap, int | float) and math.isfinite(cap) and cap > 0):
         return
-    if not (isinstance(cap, int | float) and math.isfinite(cap) and cap > 0):
-        raise ValueError(f"{name}: cap must be a positive number (a decrease of the loss), got {cap!r}")
+    raise ValueError(f"{name}: cap must be a positive number (a decrease of the loss) or {other!r}, got {cap!r}")
 
 
 def _check_reduction(name: str, reduction: str) -> None:

@@ -38,6 +38,7 @@ class Recorder:
         stages: modules at whose first run the state is cut.
         criterion: of the loss, if the terminal has one.
         whole_state: whether to find all that lives at a cut; else a stage's input is its state, right for chains.
+        values: whether to keep the values at the output until the step.
         local_gradients: whether a ``DistributedDataParallel`` that the model runs in is to leave gradients alone.
         shards: of the model.
     """
@@ -50,6 +51,7 @@ class Recorder:
         criterion: nn.Module | None,
         *,
         whole_state: bool = False,
+        values: bool = False,
         local_gradients: bool = False,
         shards: Shards | None = None,
     ):
@@ -57,6 +59,7 @@ class Recorder:
         self.shards = Shards(None) if shards is None else shards
         self.live: list[Pass] = []
         self.closed = False
+        self._values = values
         self._local_gradients = local_gradients
         self._wrapper: weakref.ref[nn.Module] | None = None
         self._begun: list[weakref.ref[Pass]] = []
@@ -265,6 +268,7 @@ class Recorder:
         ended.own_draws = ended.conditions.changed(model)
         outputs = floating(output)
         ended.leaves = [Leaf.of(leaf) for leaf in outputs]
+        ended.values = [leaf.detach() for leaf in outputs] if self._values else []
         ended.cotangents = [None] * len(outputs)
         self._tap(ended, outputs, ended.cotangents)
         if tracer is not None:

@@ -23,6 +23,13 @@ def _numbers(model: nn.Module, batch: int) -> Tensor:
     return torch.randint(7, (batch, 5)) if isinstance(model, Words) else torch.randn(batch, 6)
 
 
+class Hundredfold(nn.CrossEntropyLoss):
+    """In units a hundred times as small."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return 100 * super().forward(output, target)
+
+
 @dataclass(frozen=True)
 class Program:
     """A training loop.
@@ -107,6 +114,8 @@ PROGRAMS: dict[str, Program] = {
     "gradient of a sum": Program(
         settings={"lr": 0.01}, terminal=lambda c: Gradient("sum"), criterion=nn.CrossEntropyLoss(reduction="sum")
     ),
+    "large units": Program(settings={"lr": 0.01, "momentum": 0.5}, criterion=Hundredfold(), steps=4),
+    "large units, micro-batches": Program(Residual, criterion=Hundredfold(), parts=3, empty=False),
     "matched": Program(Residual, terminal=lambda c: Matched(c)),
     "exact": Program(terminal=lambda c: Exact(c)),
     "exact, conv": Program(conv, terminal=lambda c: Exact(c)),

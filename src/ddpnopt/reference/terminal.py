@@ -38,10 +38,13 @@ class Terminal:
         return Terminal(torch.ones(1).to(w), G.reshape(1, -1), Z.reshape(1, G.numel(), -1))
 
 
-def gradient(loss: Loss, y: Tensor, target: Tensor) -> Terminal:
-    """Outer product of the gradient, Z = g (Proposition 3), for outputs y [B, d] and targets [B, ...]."""
+def gradient(loss: Loss, y: Tensor, target: Tensor, *, cap: float = 1.0) -> Terminal:
+    """Outer product of the gradient, Z = g (Proposition 3), for outputs y [B, d] and targets [B, ...].
+
+    Z = g / sqrt(cap): along g, the quadratic model promises a decrease of cap/2.
+    """
     g, _ = _loss_derivatives(loss, y, target)
-    return Terminal(torch.full_like(g[:, 0], 1 / len(g)), g, g[..., None])
+    return Terminal(torch.full_like(g[:, 0], 1 / len(g)), g, g[..., None] / cap**0.5)
 
 
 def matched(loss: Loss, y: Tensor, target: Tensor, *, cap: float = 1.0) -> Terminal:
