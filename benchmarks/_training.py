@@ -19,6 +19,7 @@ from ddpnopt.experiments.data import Dataset
 from ddpnopt.experiments.environment import code
 from ddpnopt.experiments.job import Job, own_random_state, start
 from ddpnopt.experiments.train import batches, evaluate
+from ddpnopt.units import settled
 
 REPORTED_SEEDS = 10  # 0, 1, 2, ... unless the user says otherwise
 TUNING_SEEDS = tuple(range(1000, 1010))  # never among those reported
@@ -152,7 +153,8 @@ def _written(config: TrainConfig) -> str:
     options = {name: value for name, value in built.defaults.items() if name != "lr" and value}
     if isinstance(built, ddpnopt.DDPNOpt):
         options = {"coupling": built.coupling, "feedback": built.feedback} | options
-        words = [repr(built.curvature), repr(built.terminal)]
+        # a cross-entropy's samples are asked for 1, whoever settles it
+        words = [repr(built.curvature), repr(settled(built.terminal, 1.0))]
     else:
         words = []
     words += [f"{name}={value!r}" for name, value in options.items()]

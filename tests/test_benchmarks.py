@@ -78,6 +78,20 @@ def test_batch_norm_is_measured_against_a_step_that_is_exact_without_it(main: Ma
     assert 80 < float(accuracy[1]) <= 100
 
 
+def test_units_are_told_apart_by_the_cap_alone(main: Main, tmp_path: Path) -> None:
+    measured = importlib.import_module("units")
+    words = ["--units", "1", "100", "--lrs", "0.1", "--seeds", "1", "--steps", "60", "--out", str(tmp_path)]
+    assert measured.main(words) == 0
+    page = (tmp_path / "units.md").read_text()
+    found = re.findall(r"^\| (.+) \| (\S+) \| (\S+) \| (\S*) ?\| (\S+) \|$", page, re.MULTILINE)
+    rows = {row[0]: row[1:] for row in found}
+    assert len(rows) == 1 + 5  # the first is the rule below the header
+    small, large = (rows[f"Friedman's set, targets of {unit}"] for unit in ("1", "100"))
+    assert abs(float(small[0]) - float(small[1])) < 10
+    assert float(large[0]) > float(large[1]) + 30
+    assert "learning rates 0.0003, 0.001, 0.003, 0.01" in page
+
+
 def test_relinearised_runs_differ_from_those_of_the_batch_form_in_that_alone(
     imported: Callable[[str], Main], tmp_path: Path
 ) -> None:

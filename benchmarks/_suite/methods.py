@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ddpnopt import DDPNOpt, Gradient, Kronecker, Matched
 from ddpnopt.baselines import EKFAC
+from ddpnopt.units import settled
 
 from .registration import Method
 
@@ -196,9 +197,15 @@ def start(method: Method, place: Place, options: Mapping[str, Any]) -> AtWork:
     return AtWork(BUILDERS[method.name](place, **options), method.scheduled)
 
 
-def defaults(package: str) -> str:
-    """What the options of this library begin with, written out: a run with other defaults is another run."""
-    return f"{Kronecker()!r}, {Gradient()!r}" if package == "ddpnopt" else ""
+def defaults(method: Method, *, squared: bool) -> str:
+    """What the options of this library begin with, written out: a run with other defaults is another run.
+
+    A sample is asked for more than 1 only in the batch form, and only if the loss is no cross-entropy but ``squared``.
+    """
+    if method.package != "ddpnopt":
+        return ""
+    terminal = Gradient() if squared and method.name.startswith("ddpnopt") else settled(Gradient(), 1.0)
+    return f"{Kronecker()!r}, {terminal!r}"
 
 
 def installed(method: str) -> bool:

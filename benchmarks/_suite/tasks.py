@@ -18,6 +18,7 @@ from .registration import Size, Task
 CONTEXT = 32  # letters that the transformer sees
 NOISE = 1.0  # of Friedman's set, the usual one
 EVALUATED_AT_ONCE = 1000
+SQUARED = {"mnist-itself", "friedman"}  # data whose loss is a squared error; others' is a cross-entropy
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Pair, Pair, Pair]
 

@@ -7,9 +7,11 @@ Loops made for Adam clip most of their steps, which Adam does not notice: a fact
 its steps. Here too it is only a factor below the usual one that shortens a step.
 """
 
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,14 +58,51 @@ class Witness:
         self._left[:] = [None] * len(self._left)
 
 
-def shortening(factor: float, usual: float) -> float:
-    """What a step is multiplied by: the clip's factor over the usual one, at most 1."""
-    return min(1.0, factor / usual) if factor > 0 else factor
+class Clips:
+    """The clips of one optimizer, from step to step; a copied or pickled one watches nothing.
 
+    Attributes:
+        usual: the usual factor.
+    """
 
-def usual_after(usual: float, factor: float) -> float:
-    """The usual factor, one step later."""
-    return usual if usual == factor else KEPT * usual + (1 - KEPT) * max(factor, 0.0)
+    def __init__(self) -> None:
+        self.usual = 1.0
+        self._warned = False
+        self._witness: Witness | None = None
+
+    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
+        """From now on watch these parameters' gradients, and no others."""
+        self.close()
+        self._witness = Witness(parameters)
+
+    def factor(self) -> float:
+        """What all gradients were multiplied by since the backward pass; 1, with one warning, if there is no number."""
+        found = self._witness.factor() if self._witness is not None else 1.0
+        if found is None and not self._warned:
+            self._warned = True
+            warnings.warn(NO_FACTOR, stacklevel=6)
+        return 1.0 if found is None else found
+
+    def shortening(self, factor: float) -> float:
+        """What a step is multiplied by: the clip's factor over the usual one, at most 1."""
+        return min(1.0, factor / self.usual) if factor > 0 else factor
+
+    def settle(self, factor: float) -> None:
+        """A step with this factor has been made."""
+        if factor != self.usual:
+            self.usual = KEPT * self.usual + (1 - KEPT) * max(factor, 0.0)
+
+    def forget(self) -> None:
+        """The gradients have been used."""
+        self._witness.forget() if self._witness is not None else None
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        self._witness.close() if self._witness is not None else None
+        self._witness = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_witness": None}
 
 
 def _common(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .accord import Accord, ScalerError
-from .clipping import NO_FACTOR, Witness, shortening, usual_after
+from .clipping import Clips
 from .compiled import drop_old_code, plain
 from .coupling import Coupling, default_momentum, is_joint
 from .curvature import Curvature, Kronecker
@@ -158,10 +158,10 @@ class DDPNOpt(torch.optim.Optimizer):
         self._refused: dict[str, str] = {}
         self._failures = 0
         self._skipped = 0
-        self._usual_clip = 1.0
+        self._clips = Clips()
         self._cap: float | None = None
         self._last: Outcome | None = None
-        self._closed = self._warned = False
+        self._closed = False
         self.traffic = Traffic()  # what this rank has sent
         self._connect()
         if wrapper is not None and self._recorder is not None:
@@ -179,7 +179,7 @@ class DDPNOpt(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Take every hook off the model; the optimizer cannot step its layers afterwards."""
-        for listener in (self._recorder, self._witness):
+        for listener in (self._recorder, self._clips):
             listener.close() if listener is not None else None
         self._closed = True
 
@@ -230,7 +230,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        for listener in (self._recorder, self._witness):
+        for listener in (self._recorder, self._clips):
             listener.forget() if listener is not None else None
 
     @torch.no_grad()
@@ -304,8 +304,8 @@ class DDPNOpt(torch.optim.Optimizer):
         network = self._network if self._recorder is not None else None
         gradients = found.unscaled(1.0 if scale is None else scale)
         # after unscale_ the scale is found together with a clip; on several ranks .grad is of a rank's own samples
-        clip = 1.0 if scale is None or accord.several else self._clip()
-        shorter = shortening(clip, self._usual_clip)
+        clip = 1.0 if scale is None or accord.several else self._clips.factor()
+        shorter = self._clips.shortening(clip)
         if shorter != clip and not self._is_base:  # parameters outside the layers go by .grad
             gradients = {p: gradient * (shorter / clip) for p, gradient in gradients.items()}
         with Transaction(self._names, self.model, found.passes, gradients, self._room, self._shards) as transaction:
@@ -346,14 +346,6 @@ class DDPNOpt(torch.optim.Optimizer):
         found.traffic = self.traffic
         return found
 
-    def _clip(self) -> float:
-        """What all gradients were multiplied by since the backward pass."""
-        factor = self._witness.factor() if self._witness is not None else 1.0
-        if factor is None and not self._warned:
-            self._warned = True
-            warnings.warn(NO_FACTOR, stacklevel=6)
-        return 1.0 if factor is None else factor
-
     def _commit(self, outcome: Outcome) -> None:
         """Keep what a step leaves; its weights have moved already."""
         sizes = {block.parameters[0]: len(block.parameters) for block in self._network.blocks()}
@@ -361,7 +353,7 @@ class DDPNOpt(torch.optim.Optimizer):
             own = {**state, "parameters": sizes[parameter]}
             self.state[parameter] = self._shards.cut(own)
         self._steps += 1
-        self._usual_clip = usual_after(self._usual_clip, outcome.clip)
+        self._clips.settle(outcome.clip)
         self._cap = outcome.cap
         self._failures += outcome.failures
         self._last = outcome
@@ -374,7 +366,6 @@ class DDPNOpt(torch.optim.Optimizer):
         """Hook the model's layers and stages, whether or not they are trained at present."""
         self._signature: tuple[Any, ...] = ()
         self._recorder: Recorder | None = None
-        self._witness: Witness | None = None
         self._refresh_network()
         if self.model is not None:
             layers = [m for m in self.model.modules() if any(p is not None for p in m._parameters.values())]
@@ -401,13 +392,12 @@ class DDPNOpt(torch.optim.Optimizer):
         self._names = named(self._group_of, self.param_groups, self.model)
         self._room: list[torch.Tensor] = []
         if self.model is not None and not self._is_base and not self._shards:
-            self._witness.close() if self._witness is not None else None
-            self._witness = Witness(self._group_of)
+            self._clips.watch(self._group_of)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
         own = {"steps": self._steps, "skipped_steps": self._skipped, "refused": dict(self._refused)}
-        own |= {"usual_clip": self._usual_clip, "cap": self._cap}
+        own |= {"usual_clip": self._clips.usual, "cap": self._cap}
         with saving(self, {**own, "curvature": type(self.curvature).__name__}):
             return super().state_dict()
 
@@ -426,12 +416,12 @@ class DDPNOpt(torch.optim.Optimizer):
         with loading(self, type(self.curvature).__name__, blocks, mesh) as loaded:
             super().load_state_dict(state_dict)
         self._steps, self._skipped = loaded.get("steps", 0), loaded.get("skipped_steps", 0)
-        self._usual_clip, self._cap = loaded.get("usual_clip", 1.0), loaded.get("cap")
+        self._clips.usual, self._cap = loaded.get("usual_clip", 1.0), loaded.get("cap")
         self._refused = dict(loaded.get("refused", {}))
 
     def __getstate__(self) -> dict[str, Any]:
         options = ["model", "curvature", "terminal", "coupling", "feedback", "stages", "on_nonfinite"]
-        kept = [*options, "_steps", "_failures", "_skipped", "_refused", "_usual_clip", "_cap", "_closed", "_warned"]
+        kept = [*options, "_steps", "_failures", "_skipped", "_refused", "_clips", "_cap", "_closed"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
