@@ -34,7 +34,7 @@ class Evaluated:
 
     def empty(self, recorder: Recorder) -> bool:
         """Whether all batches were of length 0."""
-        return not any(p.batch for p in self.passes) and (bool(self.passes) or recorder.empty)
+        return not any(p.batch for p in self.passes) and (bool(self.passes) or recorder.inbox.empty)
 
     def unscaled(self, loss_scale: float) -> Mapping[nn.Parameter, Tensor]:
         """The gradients of the loss itself, if it had been multiplied by ``loss_scale``."""
@@ -67,7 +67,7 @@ def evaluate(
             backward pass.
     """
     if closure is None:
-        return Evaluated(None, recorder.take() if recorder else [], _own(parameters, recorder))
+        return Evaluated(None, recorder.inbox.take() if recorder else [], _own(parameters, recorder))
     if recorder is None:
         with torch.enable_grad():
             loss = closure()
@@ -76,10 +76,10 @@ def evaluate(
         if not gradients and isinstance(loss, Tensor) and loss.requires_grad:
             gradients = _differentiated(loss, [], parameters, retain_graph=False)
         return Evaluated(loss, [], gradients)
-    with torch.enable_grad(), recorder.keeping_graph() as kept:
+    with torch.enable_grad(), recorder.inbox.keeping_graph() as kept:
         loss = closure()
     _check_number(loss)
-    earlier = recorder.take()
+    earlier = recorder.inbox.take()
     fresh = [p for p in kept if not p.reached and p.edges]
     if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
         return Evaluated(loss, earlier, _own(parameters, recorder))
@@ -89,7 +89,7 @@ def evaluate(
             "loss.backward() in the closure"
         )
     wanted = parameters if every else _not_in_columns(network, fresh)
-    with recorder.muted(collecting=True):
+    with recorder.inbox.mute(collecting=True):
         gradients = _differentiated(loss, fresh, wanted, retain_graph=keep_graph)
     if earlier:
         for parameter, gradient in _own(parameters, recorder).items():

@@ -145,7 +145,7 @@ def linearise(
         return loss_scale * (p.batch / batch if terminal.reduction == "mean" else 1.0)
 
     if isinstance(terminal, RankOne):
-        with recorder.muted(), torch.enable_grad():
+        with recorder.inbox.mute(), torch.enable_grad():
             scales = [_scale(p, terminal, loss, share(p)) for p in passes]
         linearised = [Linearised(p, scale * (per_weight / loss_scale)) for p, scale in zip(passes, scales, strict=True)]
         return linearised, TerminalValue(torch.cat(scales)[None].reciprocal(), 1, weight)
@@ -244,7 +244,7 @@ def _pulled(
 
     With a cap the gradient's column is ``g / sqrt(cap)``, and has curvature too.
     """
-    with recorder.muted(), torch.enable_grad():
+    with recorder.inbox.mute(), torch.enable_grad():
         at_output = _output_loss(recorded, terminal, loss, share)
         root = 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
         gradient = at_output.gradient().detach() / (at_output.weight * root)
@@ -258,7 +258,7 @@ def _pulled(
             edges = [edge for _, _, edge in again.edges]
             for slots in again.slots():
                 slots[:] = [None] * len(slots)
-            with recorder.muted(collecting=True):
+            with recorder.inbox.mute(collecting=True):
                 values = torch.autograd.grad(again.outputs[leaf], edges, at, retain_graph=True, allow_unused=True)
             for (cotangents, i, _), value in zip(again.edges, values, strict=True):
                 cotangents[i] = value

@@ -210,7 +210,7 @@ def _actual_decrease(task: Task, whole: Linearised | None, output: Any) -> Tenso
     if not args or len(leaves) != len(whole.recorded.leaves) or whole.recorded.leaves[i].shape != leaves[i].shape:
         return None
     before, *rest = args
-    with torch.no_grad(), task.recorder.muted():
+    with torch.no_grad(), task.recorder.inbox.mute():
         now = criterion(whole.recorded.leaves[i].seen_as(before, leaves[i]), *rest, **kwargs)
         return torch.as_tensor(criterion(before, *rest, **kwargs) - now)
 

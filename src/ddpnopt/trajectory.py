@@ -1,8 +1,8 @@
-"""The nominal trajectory: what every forward pass fed to each layer, and what the backward pass brought back.
+"""The nominal trajectory: what every forward pass fed to each layer, and the taps for what a backward pass brings back.
 
-Together with :mod:`ddpnopt.hooks` the only code that registers hooks. A pass lives as long as the graph of its forward
-pass, or until the step that used it: the graph's hooks hold it, and it holds nothing of the graph, so neither a forward
-pass that nobody differentiates nor a model that outlives its optimizer leaks.
+Together with :mod:`ddpnopt.hooks` the only code that registers hooks. The graph's hooks hold its pass, which holds
+nothing of the graph, so neither a forward pass that nobody differentiates nor a model that outlives its optimizer
+leaks.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .conditions import Conditions, rng_states
-from .errors import StepError
 from .hooks import ModuleHook, TensorTap
+from .inbox import Ear, Inbox
 from .layers import Layout, is_batch, rule_for
 from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, fronted, leaves, versions
 from .sharded import Shards
@@ -57,17 +57,12 @@ class Recorder:
     ):
         self.model = model
         self.shards = Shards(None) if shards is None else shards
-        self.live: list[Pass] = []
+        self.inbox = Inbox()
         self.closed = False
         self._values = values
         self._local_gradients = local_gradients
         self._wrapper: weakref.ref[nn.Module] | None = None
-        self._begun: list[weakref.ref[Pass]] = []
-        self._kept: list[Pass] = []
         self._current: Pass | None = None
-        self._keeping = False
-        self._muted = False
-        self._collecting = False
         self._paused = False
         self._before_stage: BeforeStage | None = None
         self._at_boundary: AtBoundary | None = None
@@ -76,7 +71,6 @@ class Recorder:
         self._boundaries = Boundaries()
         self.overwritten: set[Place] = set()  # places whose tensors are written into later: copies are kept
         self.untraced: set[str] = set()
-        self._unreached: int | None = None
         self._batch = 0
         self._layout = Layout(model)
         self._drawn: dict[nn.Module, list[Tensor]] = {}
@@ -86,7 +80,7 @@ class Recorder:
     def close(self) -> None:
         """Take every hook off the model."""
         self._release()
-        self.live.clear()
+        self.inbox.forget()
         self.closed = True
 
     def inside(self, wrapper: nn.Module) -> None:
@@ -98,6 +92,11 @@ class Recorder:
     def gradients(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
         """What backward passes have left for these parameters; where they are sharded, of the samples seen here."""
         return {p: self.shards.gradients.get(p) if p in self.shards else p.grad for p in parameters}
+
+    def forget(self) -> None:
+        """Drop what backward passes have brought."""
+        self.inbox.forget()
+        self.shards.gradients.clear()
 
     def _read_off_columns(self, recorded: Pass) -> frozenset[nn.Parameter]:
         """Parameters of layers that a pass's columns tell all of; of no other layer."""
@@ -113,66 +112,6 @@ class Recorder:
     def _parameters(self) -> list[nn.Parameter]:
         pieces = self.shards.pieces()
         return [pieces.get(p, p) for p in self.model.parameters()]
-
-    @property
-    def empty(self) -> bool:
-        """Whether the last forward pass in training mode was on a batch of length 0 and nothing came back yet."""
-        return self._unreached == 0
-
-    def take(self) -> list[Pass]:
-        """The passes that a backward pass has reached since the last step, oldest first."""
-        live = [p for p in self.live if p.runs]
-        if any(p.spent for p in live):
-            raise StepError(
-                "loss.backward() went through a forward pass that a step was already made from: run the model again "
-                "after each step, or add up the losses before one"
-            )
-        if self._unreached is not None and live and self._unreached not in [p.batch for p in live]:
-            raise StepError(
-                f"the last forward pass had batch size {self._unreached}, the one that loss.backward() went through "
-                f"had {live[-1].batch}: step before the next training batch, and evaluate under torch.no_grad()"
-            )
-        return live
-
-    def forget(self) -> None:
-        """Drop what passes have recorded of backward passes, and every graph that was kept."""
-        for recorded in self.live:
-            recorded.reached = False  # its graph may be gone through again
-            for slots in recorded.slots():
-                slots[:] = [None] * len(slots)
-        for kept in self._kept:
-            kept.edges.clear()
-            kept.outputs.clear()
-        self.live.clear()
-        self._kept.clear()
-        self.shards.gradients.clear()
-        self._unreached = None
-
-    @contextlib.contextmanager
-    def keeping_graph(self) -> Iterator[list[Pass]]:
-        """Collect the passes begun inside, with their outputs and the graph's edges."""
-        passes: list[Pass] = []
-        before = self._keeping, self._begun
-        self._keeping, self._begun = True, []
-        try:
-            yield passes
-            passes += [p for p in (ref() for ref in self._begun) if p is not None]
-        finally:
-            self._kept += [p for p in (ref() for ref in self._begun) if p is not None]
-            self._keeping, self._begun = before
-
-    @contextlib.contextmanager
-    def muted(self, *, collecting: bool = False) -> Iterator[None]:
-        """Ignore what backward passes bring: the caller reads the graph itself.
-
-        ``collecting``: but for what autograd does not give to the caller, gradients of single uses of a tensor.
-        """
-        before = self._muted, self._collecting
-        self._muted, self._collecting = True, collecting
-        try:
-            yield
-        finally:
-            self._muted, self._collecting = before
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -199,7 +138,7 @@ class Recorder:
 
     def again(self, recorded: Pass) -> Pass:
         """Record the same pass again with its graph: for columns that the first backward pass did not carry."""
-        with self._as_recorded(recorded), torch.enable_grad(), self.keeping_graph() as passes:
+        with self._as_recorded(recorded), torch.enable_grad(), self.inbox.keeping_graph() as passes:
             self.model(*recorded.args, **recorded.kwargs)
         (again,) = passes
         return again
@@ -207,13 +146,12 @@ class Recorder:
     @contextlib.contextmanager
     def _as_recorded(self, recorded: Pass) -> Iterator[None]:
         recorded.check_unwritten()
-        unreached, self._batch = self._unreached, recorded.batch
+        self._batch = recorded.batch
         try:
-            with recorded.conditions.restored(self.model):
+            with self.inbox.unchanged(), recorded.conditions.restored(self.model):
                 yield
         finally:
             self._current = None
-            self._unreached = unreached
 
     def _attach(
         self, layers: Iterable[nn.Module], stages: Iterable[nn.Module], criterion: nn.Module | None
@@ -245,7 +183,7 @@ class Recorder:
             return
         if (wrapper := wrapper_running()) is not None:
             self.inside(wrapper)
-        if self.live and all(p.grad is None for p in self._parameters()):
+        if self.inbox.live and all(p.grad is None for p in self._parameters()):
             self.forget()  # model.zero_grad() has dropped the gradients of a batch that was skipped
         tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         conditions = Conditions.now(self.model, tensors[0].device.type if tensors else "cpu")
@@ -254,9 +192,7 @@ class Recorder:
         self._current.versions = versions((args, kwargs))
         self._batch = batch
         self._tracer = Tracer(self.overwritten, self.shards.pieces) if self._whole_state else None
-        self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(self._current)]
-        if self.model.training:
-            self._unreached = batch
+        self.inbox.begin(self._current, training=self.model.training)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._paused:
@@ -273,13 +209,13 @@ class Recorder:
         self._tap(ended, outputs, ended.cotangents)
         if tracer is not None:
             ended.state, taps = tracer.finish(outputs, ended.runs)
-            taps.install(_PassEar(self, ended), ended.state.cotangents)
-            if self._keeping:
+            taps.install(Ear(self.inbox, ended), ended.state.cotangents)
+            if self.inbox.keeping:
                 ended.edges += [(ended.state.cotangents, i, edge) for i, edge in taps.edges()]
         if self.shards:
             self._handles += self.shards.listen()
             self.shards.unneeded = self._read_off_columns(ended)
-        if self._keeping:
+        if self.inbox.keeping:
             ended.outputs = outputs
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -344,56 +280,23 @@ class Recorder:
         self._tap(self._current, outputs, run.cotangents)
 
     def _tap(self, into: Pass, tensors: Sequence[Tensor], cotangents: list[Tensor | None]) -> None:
-        ear = _PassEar(self, into)
+        ear = Ear(self.inbox, into)
         for i, tensor in enumerate(tensors):
             if not tensor.requires_grad:
                 continue
             tensor.register_hook(TensorTap(ear, cotangents, i))
-            if self._keeping:
+            if self.inbox.keeping:
                 into.edges.append((cotangents, i, get_gradient_edge(tensor)))
-
-    @property
-    def listening(self) -> bool:
-        """Whether gradients that arrive count."""
-        return self._collecting or not self._muted
-
-    def arrived(self, into: Pass, slots: list[Tensor | None], i: int, gradient: Tensor) -> None:
-        """A gradient has come to slot ``i`` of a pass."""
-        if not self.listening:
-            return
-        gradient = gradient.detach() if gradient.requires_grad else gradient
-        if self._collecting:
-            slots[i] = gradient
-            return
-        before = slots[i]
-        slots[i] = gradient if before is None else before + gradient
-        self._unreached = None
-        if not into.reached:
-            into.reached = True
-            self.live.append(into)
 
     def _criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = next((leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        if given is None or self._muted or self._paused:
+        if given is None or self.inbox.muted or self._paused:
             return
-        for recorded in (ref() for ref in reversed(self._begun)):
-            for i, leaf in enumerate(recorded.leaves if recorded else ()):
-                if recorded and leaf.is_all_of(given):
+        for recorded in self.inbox.begun():
+            for i, leaf in enumerate(recorded.leaves):
+                if leaf.is_all_of(given):
                     recorded.criterion = detached(args), detached(kwargs), i
                     return
-
-
-class _PassEar:
-    """Tells the recorder of one pass's gradients."""
-
-    def __init__(self, recorder: Recorder, into: Pass):
-        self._recorder, self._into = recorder, into
-
-    def listening(self) -> bool:
-        return self._recorder.listening
-
-    def arrived(self, slots: list[Tensor | None], i: int, gradient: Tensor) -> None:
-        self._recorder.arrived(self._into, slots, i, gradient)
 
 
 def _has_columns(layer: nn.Module) -> bool:
