@@ -10,27 +10,32 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Conditions:
-    """States of the random number generators (the CPU's, then the model's GPUs') and of autocast; buffers' versions."""
+    """States of the random number generators (the CPU's, then the model's GPUs') and of autocast; buffers' versions.
+
+    ``modules``: all of the model's, in which buffers are looked for.
+    """
 
     rng: list[Tensor]
     autocast: tuple[str, torch.dtype, bool]
     buffers: list[int]
+    modules: list[nn.Module]
 
     @staticmethod
     def now(model: nn.Module, device: str) -> "Conditions":
         """The conditions at present; ``device``: the type of the inputs' device."""
         autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return Conditions(rng_states(model), autocast, _versions(model))
+        modules = every_module(model)
+        return Conditions(rng_states(model), autocast, _versions(modules), modules)
 
     def changed(self, model: nn.Module) -> bool:
         """Whether random numbers were drawn or buffers written since (dropout, batch statistics)."""
         drawn = any(not torch.equal(a, b) for a, b in zip(self.rng, rng_states(model), strict=True))
-        return drawn or self.buffers != _versions(model)
+        return drawn or self.buffers != _versions(self.modules)
 
     @contextlib.contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
         """Run the body under these conditions; afterwards buffers and generators are as before it."""
-        named = [(module, dict(module._buffers)) for module in every_module(model) if module._buffers]
+        named = [(module, dict(module._buffers)) for module in self.modules if module._buffers]
         buffers = {b: b.clone() for _, own in named for b in own.values() if b is not None}
         device, dtype, enabled = self.autocast
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -60,7 +65,7 @@ def redrawn(model: nn.Module, states: list[Tensor]) -> Iterator[None]:
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
-    """``model.modules()``, several times faster: it is asked for several times a step."""
+    """``model.modules()``, several times faster: every step asks for them."""
     found = {model: None}
     waiting = [model]
     while waiting:
@@ -76,8 +81,8 @@ def _devices(model: nn.Module) -> list[torch.device]:
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 
-def _versions(model: nn.Module) -> list[int]:
-    buffers = [b for module in every_module(model) for b in module._buffers.values() if b is not None]
+def _versions(modules: list[nn.Module]) -> list[int]:
+    buffers = [b for module in modules for b in module._buffers.values() if b is not None]
     return [-1 if buffer.is_inference() else buffer._version for buffer in buffers]
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -315,7 +315,9 @@ class DDPNOpt(torch.optim.Optimizer):
             asks = self._leaves_open
             sums = accord.count(sum(p.batch for p in passes), *(sizes(passes, self.terminal.reduction) if asks else ()))
             with self._shards.whole():
-                states = {p: gathered(state, accord.ranks) for p, state in self.state.items()}
+                states: Mapping[torch.Tensor, Any] = self.state
+                if self._shards:
+                    states = {p: gathered(state, accord.ranks) for p, state in states.items()}
                 task = Task(
                     self._network, self.param_groups, self._group_of, states, self.curvature, self.terminal,
                     self.coupling, self.feedback, self._recorder, passes, {} if empty else gradients, found.graph,

@@ -100,9 +100,11 @@ class Task:
 
     def coupled(self) -> bool:
         """Whether layers see one another: while samples are mixed, columns are not those of single samples."""
-        return self.feedback and (
-            self.recorder is None or not any(map(mixes_samples, every_module(self.recorder.model)))
-        )
+        if not self.feedback or self.recorder is None:
+            return self.feedback
+        # a rank without samples has no pass, and has to say what the others say
+        modules = self.passes[0].conditions.modules if self.passes else every_module(self.recorder.model)
+        return not any(map(mixes_samples, modules))
 
     def blocks(self) -> list[Block]:
         """All there are."""
