@@ -8,7 +8,8 @@ their own size where they are large:
     cap = 1 + max(0, |g| / sqrt(2) - 1) (1 + |z| / 20)
 
 ``|g|`` is the root of the samples' mean square and ``|z|`` a mean in which every output counts by its ``|g_i|``. A cap
-that rose as fast as gradients do in a step that went wrong would hold nothing: it rises by 5 % a step at most.
+that rose as fast as gradients do in a step that went wrong would hold nothing, and one that fell with every easy batch
+would be that of the easiest: it changes by 5 % a step at most.
 """
 
 import math
@@ -26,8 +27,8 @@ LONGEST = math.sqrt(2)
 LARGE = 20.0
 """Size of outputs that are asked to move twice as far as small ones."""
 
-RISE = 1.05
-"""What a cap may be over that of the last step."""
+CHANGE = 1.05
+"""What a cap may be over that of the last step, or that over it."""
 
 
 def is_open(terminal: Terminal) -> bool:
@@ -70,9 +71,7 @@ def natural_cap(sums: Sequence[float], samples: int, loss_scale: float, last: fl
     """
     square, absolute, moving = sums
     excess = math.sqrt(square / samples) / (loss_scale * LONGEST) - 1 if samples else 0.0
-    if not (excess > 0 and absolute > 0):
-        return 1.0
-    cap = 1 + excess * (1 + moving / absolute / LARGE)
+    cap = 1 + excess * (1 + moving / absolute / LARGE) if excess > 0 and absolute > 0 else 1.0
     if not math.isfinite(cap):
         return 1.0 if last is None else last  # the step fails of what is not finite, by its own name
-    return cap if last is None else min(cap, RISE * last)
+    return cap if last is None else min(max(cap, last / CHANGE), CHANGE * last)
