@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpnopt import DDPNOpt, Dense, Gradient, Identity, Kronecker, Matched
-from ddpnopt.units import CHANGE, LARGE
+from ddpnopt.units import CHANGE
 
 SAMPLES = 12
 
@@ -36,9 +36,10 @@ def asked(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """The formula, from the gradient of the squared error."""
     z = model(x).detach()
     g = 2 * (z - y)
-    length = g.square().sum(1).mean().sqrt()
-    size = (g * z).abs().sum() / g.abs().sum()
-    return float(1 + (length / 2**0.5 - 1) * (1 + size / LARGE))
+    length = (g.norm(dim=1) / 2**0.5).clamp_min(1).log().mean().exp()
+    long = g[g.norm(dim=1) > 2**0.5], z[g.norm(dim=1) > 2**0.5]
+    size = (long[0] * long[1]).abs().sum() / long[0].abs().sum()
+    return float(1 + (length - 1) * (2 + size / 10))
 
 
 def step(optimizer: DDPNOpt, model: nn.Module, x: Tensor, y: Tensor, criterion: nn.Module) -> float:
@@ -125,6 +126,81 @@ def test_a_log_likelihood_is_asked_for_one(scale: float, masked: bool) -> None:
         assert step(DDPNOpt(net, 1e-6, terminal=terminal), net, x, y, criterion) == 1.0
 
 
+class Returning(nn.Module):
+    """Logits of three classes, and other things."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.what, self.body = what, nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.spread = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        z = self.body(x)
+        loss = nn.functional.cross_entropy(z, y)
+        return {"loss": loss, "both": (z, loss), "spread": (z, self.spread), "named": {"logits": z, "loss": loss}}[
+            self.what
+        ]
+
+
+@pytest.mark.parametrize("what", ["loss", "both", "spread", "named"])
+@pytest.mark.parametrize("batch", [16, 512])
+@pytest.mark.filterwarnings("ignore:the model, Returning")  # its own parameter has no columns
+def test_what_is_of_no_sample_does_not_count(what: str, batch: int) -> None:
+    """A loss that the model returns, or a parameter: it has the whole batch's gradient."""
+    torch.manual_seed(0)
+    model, x, y = Returning(what), torch.randn(batch, 4), torch.randint(3, (batch,))
+    optimizer = DDPNOpt(model)
+    found = model(x, y)
+    loss = found["loss"] if what == "named" else found[1] if what == "both" else found
+    if what == "spread":
+        loss = nn.functional.cross_entropy(found[0] * found[1].exp(), y)
+    loss.backward()
+    optimizer.step()
+    assert optimizer.diagnostics()["cap"] == 1.0
+
+
+def test_masked_outputs_leave_the_others_their_cap() -> None:
+    """A cross-entropy in units a hundred times as small, one class masked in the model."""
+
+    def cap(mask: float) -> float:
+        torch.manual_seed(1)
+        net, x = nn.Sequential(nn.Linear(4, 3), Plus(torch.tensor([0.0, 0.0, mask]))), torch.randn(20, 4)
+        optimizer = DDPNOpt(net)
+        (100 * nn.functional.cross_entropy(net(x), torch.randint(2, (20,)))).backward()
+        optimizer.step()
+        return float(optimizer.diagnostics()["cap"])
+
+    assert cap(-torch.inf) == pytest.approx(cap(-1e4), rel=1e-6)
+    assert cap(-torch.inf) > 50
+
+
+def test_outputs_that_were_written_into_are_not_taken_for_their_values() -> None:
+    def cap(written: bool) -> float:
+        model, x, y = task()
+        optimizer, output = DDPNOpt(model), model(x)
+        difference = output.sub_(y + 1e6) if written else output - (y + 1e6)
+        ((difference + 1e6).square().sum() / len(x)).backward()
+        optimizer.step()
+        return float(optimizer.diagnostics()["cap"])
+
+    assert cap(written=True) == pytest.approx(cap(written=False), rel=0.05)
+
+
+def test_a_single_sample_hardly_moves_a_cap() -> None:
+    """One whose probability is next to 0, that is, given as a probability."""
+    torch.manual_seed(1)
+    first, x = nn.Linear(4, 1), torch.randn(200, 4)
+    with torch.no_grad():
+        first.weight.mul_(20)
+    model = nn.Sequential(first, nn.Sigmoid())
+    with torch.no_grad():
+        found, worst = model(x), first(x).abs().argmax()
+    right = (found > 0.5).to(x)
+    right[worst] = 1 - right[worst]
+    assert float(1 - (found - right).abs()[worst]) < 1e-8  # its gradient is the inverse
+    assert step(DDPNOpt(model, 1e-6), model, x, right, nn.BCELoss()) < 1.5
+
+
 class Plus(nn.Module):
     def __init__(self, what: Tensor):
         super().__init__()
@@ -158,6 +234,36 @@ def test_the_last_cap_is_kept(how: str) -> None:
     else:
         model, again = copy.deepcopy((model, optimizer))
     assert step(again, model, x, 10 * y, criterion) == pytest.approx(CHANGE * first)
+
+
+def test_an_optimizer_that_was_pickled_before_there_were_caps() -> None:
+    model, x, y = task()
+    optimizer = DDPNOpt(model, 1e-9)
+    step(optimizer, model, x, y, Squares())
+    state = optimizer.__getstate__()
+    older = {name: value for name, value in state.items() if name not in ("_cap", "_clips")} | {"_usual_clip": 0.5}
+    again = DDPNOpt.__new__(DDPNOpt)
+    again.__setstate__(older)
+    optimizer.close()
+    assert step(again, model, x, 10 * y, Squares()) > 2  # the first, for all it knows
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_copy_watches_clips_for_itself(closed: bool) -> None:
+    def moved(copied: bool) -> Tensor:
+        torch.manual_seed(0)
+        model, x = nn.Linear(4, 3), torch.randn(8, 4)
+        optimizer = DDPNOpt(model, 0.1, curvature=Identity())
+        if copied:
+            other = copy.copy(optimizer)
+            other.close() if closed else None
+        model(x).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        before = model.weight.detach().clone()
+        optimizer.step()
+        return model.weight.detach() - before
+
+    assert torch.equal(moved(copied=True), moved(copied=False))
 
 
 @pytest.mark.parametrize("coupling", ["sample", Dense()])

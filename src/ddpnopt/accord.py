@@ -70,16 +70,18 @@ class Accord:
         """From now on exchanges are of ``length`` numbers."""
         self._length = length
 
-    def count(self, samples: int, *sums: float) -> list[float]:
-        """Tell and learn how many samples every rank has; returns the totals of other sums over samples."""
-        if not self.several:
-            self.counts = [samples]
-            return list(sums)
-        found = self.exchange(samples, *sums)
-        self.counts = [int(n) for n in found[:, 0]]
-        if sum(self.counts) == 0:
+    def count(self, samples: int) -> None:
+        """Tell and learn how many samples every rank has."""
+        self.counts = [int(n) for n in self.exchange(samples)[:, 0]] if self.several else [samples]
+        if sum(self.counts) == 0 and self.several:
             raise StepError("the batch is empty on every rank")
-        return [float(total) for total in found[:, 1 : 1 + len(sums)].sum(0)]
+
+    def total(self, sums: Sequence[float]) -> Sequence[float]:
+        """Sums over everybody's samples."""
+        if not self.several:
+            return sums
+        found: list[float] = self.exchange(*sums)[:, : len(sums)].sum(0).tolist()
+        return found
 
     def texts(self, own: str) -> list[str]:
         """Everybody's texts; sent in full only if they are not all the same."""

@@ -78,8 +78,8 @@ class Linearised:
         """Find the inner products of the pass's states with the gradients, and let go of the states.
 
         ``<P, x' - x> = <P, x'> - <P, x>`` is as exact as ``x'`` is: either is rounded in parts of the size of
-        ``<P, x>``. So nominal states need not be kept over the second forward pass. Where a product is not finite,
-        they are kept, and the pass is not spent: what the step fails of can be found then.
+        ``<P, x>``. So nominal states need not be kept over the second forward pass. The pass is ``spent`` by this,
+        unless a product is not finite: then all is kept, so that the error can name the layer.
         """
         recorded = self.recorded
         visits = recorded.visits.values()

@@ -1,5 +1,6 @@
 """``DDPNOpt``: parameter groups, life time, the step's order of events. No mathematics lives here."""
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ from .task import Outcome, Task
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .transaction import Transaction
-from .units import is_open, natural_cap, settled, sizes
+from .units import is_open, natural_cap, output_sums, settled
 from .wrapped import unwrapped
 
 
@@ -205,10 +206,10 @@ class DDPNOpt(torch.optim.Optimizer):
             ``"layers"``: for each stage ``"k"``, the length of its open-loop update in the curvature's measure
             ``|du|_R``, ``"feedback"``, that of what ``K dx`` added, and ``"predicted_decrease"``; the sum of these,
             ``"predicted_decrease"`` of the batch's loss, open loop; ``"actual_decrease"``, ``None`` unless the terminal
-            has a criterion; ``"cap"``, the decrease of its own loss asked of every sample, ``None`` where the terminal
-            names it; ``"factorisation_failures"``, how often a factorisation had to be tried again since
-            the start; ``"skipped_steps"``, how many steps were left out since the start because something was not
-            finite, by ``on_nonfinite="skip"`` or by a GradScaler. Before the first step, and after loading, the
+            has a criterion; ``"cap"``, the decrease of its own loss asked of every sample, where
+            the step settled it, else ``None``; ``"factorisation_failures"``, how often a factorisation had to be tried
+            again since the start; ``"skipped_steps"``, how many steps were left out since the start because something
+            was not finite, by ``on_nonfinite="skip"`` or by a GradScaler. Before the first step, and after loading, the
             last of these alone.
         """
         if self._last is None:
@@ -312,8 +313,7 @@ class DDPNOpt(torch.optim.Optimizer):
             empty = accord.several and self._recorder is not None and found.empty(self._recorder)
             check_evaluated(found, network, empty=empty)
             passes = [p for p in found.passes if p.batch or not accord.several]
-            asks = self._leaves_open
-            sums = accord.count(sum(p.batch for p in passes), *(sizes(passes, self.terminal.reduction) if asks else ()))
+            accord.count(sum(p.batch for p in passes))
             with self._shards.whole():
                 states: Mapping[torch.Tensor, Any] = self.state
                 if self._shards:
@@ -325,7 +325,7 @@ class DDPNOpt(torch.optim.Optimizer):
                 )  # fmt: skip
                 if scale is None and self._recorder is not None:
                     task = replace(task, loss_scale=found_scale(task))
-                cap = natural_cap(sums, sum(accord.counts), task.loss_scale, self._cap) if asks else None
+                cap = self._natural_cap(task) if self._leaves_open else None
                 if cap is not None:
                     task = replace(task, terminal=settled(self.terminal, cap))
                 outcome = open_loop(task) if self._is_base else closed_loop(task)
@@ -338,7 +338,11 @@ class DDPNOpt(torch.optim.Optimizer):
     @property
     def _leaves_open(self) -> bool:
         """Whether steps settle what they ask of a sample: the published forms ask for 1."""
-        return is_joint(self.coupling) and is_open(self.terminal)
+        return is_joint(self.coupling) and is_open(self.terminal) and self.model is not None
+
+    def _natural_cap(self, task: Task) -> float:
+        sums = task.accord.total(output_sums(task.passes, self.terminal.reduction, task.loss_scale))
+        return natural_cap(sums, sum(task.accord.counts), self._cap)
 
     def _find_ranks(self) -> Ranks:
         """With whom to share the step; the adapted optimizer that needs no columns reads ``.grad``, as torch's do."""
@@ -430,6 +434,9 @@ class DDPNOpt(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("decoupled_weight_decay", False)  # saved before there was such an option
+        # saved before there were such things
+        self.__dict__.setdefault("_cap", None)
+        self._clips = copy.copy(self.__dict__.get("_clips", Clips()))
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
             self._group, self.traffic, self._shards = None, Traffic(), Shards(self.model, every=self._is_base)

@@ -62,8 +62,8 @@ def blocks_by_stage(
 def let_go(task: Task, linearised: Sequence[Linearised], layer: nn.Module | None = None) -> None:
     """Drop what was recorded of a layer's runs, or all layers', and has been read.
 
-    Everything stays if something is not finite; gradients stay if stages are solved again in the rollout, and at
-    dense layers, whose columns hold them.
+    Of passes that are not spent everything stays (no feedback, or something is not finite); gradients stay if stages
+    are solved again in the rollout, and at dense layers, whose columns hold them.
     """
     again = relinearises(task.coupling)
     for recorded in (one.recorded for one in linearised if one.recorded.spent):

@@ -41,6 +41,8 @@ def found_scale(task: Task) -> float:
     Raises:
         StepError: if the layers' gradients were changed by different factors, so that there is no such number.
     """
+    if not task.passes:
+        return 1.0  # a rank without samples
     pairs: list[tuple[str, Tensor, Tensor]] = []
     linearised, end = task.linearised(Gradient(task.terminal.reduction))
     read = [(layer.name, read_layer(task, layer, linearised, Outcome())) for layer in task.network.layers]

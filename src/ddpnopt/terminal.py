@@ -85,9 +85,9 @@ class Gradient(RankOne):
     Args:
         reduction: whether the batch's loss is the ``"mean"`` (default) or the ``"sum"`` of the samples' losses.
         cap: decrease of its own loss asked of a sample in one step. ``"auto"`` (default): 1, which suits
-            log-likelihoods and all losses whose gradient at the model's output is as short; in the batch form more
-            where it is longer (:mod:`ddpnopt.units`), so that targets in the hundreds and losses summed over many
-            outputs train too. 1 is the paper's.
+            log-likelihoods at their logits and all losses whose gradient at the model's output is as short; in the
+            batch form more where it is longer (:mod:`ddpnopt.units`), so that targets in the hundreds and losses summed
+            over many outputs train too. 1 is the paper's.
 
     Raises:
         ValueError: if ``reduction`` is neither, or ``cap`` is not a positive number.

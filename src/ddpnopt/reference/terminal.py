@@ -39,9 +39,9 @@ class Terminal:
 
 
 def gradient(loss: Loss, y: Tensor, target: Tensor, *, cap: float = 1.0) -> Terminal:
-    """Outer product of the gradient, Z = g (Proposition 3), for outputs y [B, d] and targets [B, ...].
+    """Outer product of the gradient, Z = g / sqrt(cap), for outputs y [B, d] and targets [B, ...].
 
-    Z = g / sqrt(cap): along g, the quadratic model promises a decrease of cap/2.
+    With cap 1 that of Proposition 3. Along g, the quadratic model promises a decrease of cap/2.
     """
     g, _ = _loss_derivatives(loss, y, target)
     return Terminal(torch.full_like(g[:, 0], 1 / len(g)), g, g[..., None] / cap**0.5)
