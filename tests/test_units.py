@@ -245,7 +245,9 @@ def test_an_optimizer_that_was_pickled_before_there_were_caps() -> None:
     again = DDPNOpt.__new__(DDPNOpt)
     again.__setstate__(older)
     optimizer.close()
+    assert again.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
     assert step(again, model, x, 10 * y, Squares()) > 2  # the first, for all it knows
+    assert again._clips.usual == pytest.approx(0.55)  # by a tenth nearer to 1
 
 
 @pytest.mark.parametrize("closed", [True, False])

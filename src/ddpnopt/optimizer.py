@@ -437,6 +437,7 @@ class DDPNOpt(torch.optim.Optimizer):
         # saved before there were such things
         self.__dict__.setdefault("_cap", None)
         self._clips = copy.copy(self.__dict__.get("_clips", Clips()))
+        self._clips.usual = self.__dict__.pop("_usual_clip", self._clips.usual)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
             self._group, self.traffic, self._shards = None, Traffic(), Shards(self.model, every=self._is_base)
