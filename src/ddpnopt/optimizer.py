@@ -434,11 +434,11 @@ class DDPNOpt(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("decoupled_weight_decay", False)  # saved before there was such an option
-        # saved before there were such things
-        self.__dict__.setdefault("_cap", None)
-        self._clips = copy.copy(self.__dict__.get("_clips", Clips()))
-        self._clips.usual = self.__dict__.pop("_usual_clip", self._clips.usual)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
+            # older ones have neither
+            self.__dict__.setdefault("_cap", None)
+            self._clips = copy.copy(self.__dict__.get("_clips", Clips()))
+            self._clips.usual = self.__dict__.pop("_usual_clip", self._clips.usual)
             self._group, self.traffic, self._shards = None, Traffic(), Shards(self.model, every=self._is_base)
             self._connect()
