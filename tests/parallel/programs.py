@@ -42,7 +42,7 @@ class Program:
         steps: how many.
         wrap: train in a ``DistributedDataParallel``; ``"given"`` to the optimizer, or the model itself is.
         parts: micro-batches per step.
-        form: of the step: after backward, or a closure.
+        form: of the step: after backward, also with a GradScaler that has unscaled, or a closure.
         empty: whether a rank goes without samples once.
         short: samples of the last batch that is a short one.
         twins: every rank has all samples.
@@ -116,6 +116,7 @@ PROGRAMS: dict[str, Program] = {
     ),
     "large units": Program(settings={"lr": 0.01, "momentum": 0.5}, criterion=Hundredfold(), steps=4),
     "large units, micro-batches": Program(Residual, criterion=Hundredfold(), parts=3, empty=False),
+    "large units, unscaled": Program(criterion=Hundredfold(), form="unscaled", steps=4),
     "matched": Program(Residual, terminal=lambda c: Matched(c)),
     "exact": Program(terminal=lambda c: Exact(c)),
     "exact, conv": Program(conv, terminal=lambda c: Exact(c)),
@@ -232,6 +233,13 @@ def advance(program: Program, optimizer: DDPNOpt, model: Any, x: Tensor, y: Tens
                 share = len(inputs) / len(x) if len(pieces) > 1 else 1.0
                 (criterion(model(inputs), target) * share).backward()
         optimizer.step()
+        return
+    if program.form == "unscaled":
+        optimizer.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        scaler.scale(criterion(model(x), y)).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
         return
 
     def closure() -> Tensor:
