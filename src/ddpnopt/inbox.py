@@ -127,7 +127,7 @@ class Inbox:
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Whatever passes begin inside, the last one is the one before."""
+        """Passes that begin inside do not count as the model's last one: they are ours."""
         before = self._unreached
         try:
             yield
@@ -135,7 +135,7 @@ class Inbox:
             self._unreached = before
 
 
-class Ear:
+class PassEar:
     """Tells an inbox of one pass's gradients; held by the graph's hooks, it holds nothing of the graph."""
 
     def __init__(self, inbox: Inbox, into: Pass):

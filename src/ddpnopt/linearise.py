@@ -1,22 +1,17 @@
-"""From recorded passes to what the backward pass over stages reads: columns everywhere, and the loss's value."""
+"""From recorded passes to columns at every tensor of theirs, and to the loss's value at the output."""
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from .columns import CHUNK, Columns, ScaledColumns, over_batches, over_uses
-from .conditions import redrawn
+from .columns import CHUNK
 from .errors import StepError
 from .finite import all_finite
-from .layers import Call
-from .network import Layer
-from .passes import Pass, Run, fronted, signed_sum, wide
+from .passes import Pass, fronted, signed_sum, wide
 from .terminal import Factored, Gradient, OutputLoss, RankOne, Terminal
 from .trajectory import Recorder
 
@@ -285,47 +280,3 @@ def inner_products(columns: Tensor, x: Tensor) -> Tensor:
 def _inner_products(columns: Tensor, x: Tensor) -> Tensor:
     products = columns * x.to(columns.dtype)
     return products if products.ndim == 2 else products.sum(tuple(range(2, products.ndim)))
-
-
-def columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:
-    """Columns of each of a layer's blocks over all passes.
-
-    ``None`` if no gradient reached the layer, or its outputs do not lead with the batch; a pass that did not use it
-    has columns of zero.
-    """
-    runs = [[run for run in one.recorded.runs if run.layer is layer.module] for one in linearised]
-    if any(run.misfit or run.stray for part in runs for run in part):
-        return None
-    return columns_of_runs(layer, linearised, runs)
-
-
-def columns_of_runs(
-    layer: Layer, linearised: Sequence[Linearised], runs: Sequence[Sequence[Run]]
-) -> list[Columns] | None:
-    """The same over some runs of each pass; ``None`` if no gradient reached any."""
-    parts: list[list[Columns] | None] = []
-    for one, own in zip(linearised, runs, strict=True):
-        calls = [
-            (run, [None if c is None else one.unscaled(c, d) for c, d in zip(run.cotangents, run.dims, strict=True)])
-            for run in own
-            if any(c is not None for c in run.cotangents)
-        ]
-        uses = [_columns_of_run(layer, run, cotangents) for run, cotangents in calls]
-        found = [over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None
-        if found and one.scale is not None:  # gradients are linear in the cotangents, sample by sample
-            found = [ScaledColumns(columns, one.scale) for columns in found]
-        parts.append(found)
-    some = next((part for part in parts if part is not None), None)
-    if some is None:
-        return None
-    batches = [one.recorded.batch for one in linearised]
-    filled = [p or [block.absent(batch) for block in some] for p, batch in zip(parts, batches, strict=True)]
-    return [over_batches([part[i] for part in filled]) for i in range(len(layer.blocks))]
-
-
-def _columns_of_run(layer: Layer, run: Run, cotangents: Sequence[Tensor | None]) -> list[Columns]:
-    with nullcontext() if run.rng is None else redrawn(layer.module, run.rng):
-        args, kwargs = run.args, run.kwargs
-        if run.dims[0] and layer.rule.positionwise(layer.module):
-            args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.movedim(run.dims[0], 0), (args, kwargs))
-        return layer.rule.columns(layer.module, layer.blocks, Call(args, kwargs, cotangents))

@@ -1,16 +1,20 @@
 """From recorded passes to the columns of every stage's blocks, and what is refused on the way."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from .columns import Columns, ScaledColumns, over_uses
+from .columns import Columns, ScaledColumns, over_batches, over_uses
+from .conditions import redrawn
 from .coupling import relinearises
-from .layers import Block, rule_for
-from .linearise import Linearised, columns_of
+from .layers import Block, Call, rule_for
+from .linearise import Linearised
 from .network import Layer, Network, Stage, Tied
-from .rollout import Later, later_columns
+from .passes import Run
+from .rollout import Later
 from .task import Outcome, Task
 
 LARGEST = 1 << 26
@@ -88,9 +92,9 @@ def read_layer(
     assert task.recorder is not None
     with task.recorder.paused():
         if layer.rule.name != "generic":
-            return list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
+            return list(zip(layer.blocks, _columns_of(layer, linearised) or (), strict=False))
         try:
-            pairs = list(zip(layer.blocks, columns_of(layer, linearised) or (), strict=False))
+            pairs = list(zip(layer.blocks, _columns_of(layer, linearised) or (), strict=False))
         except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
             said = str(error).partition("\n")[0].partition(". ")[0]
             outcome.refused[layer.name] = (
@@ -124,6 +128,28 @@ def read_tied(
     return [(tied.block, over_uses(uses))]
 
 
+def _later_columns(
+    layer: Layer, linearised: Sequence[Linearised], trained: Collection[Block]
+) -> dict[nn.Module, list[tuple[Block, Columns]]]:
+    """By stage, the columns of the runs of a layer that follow the stage's cut, where the layer has moved before it.
+
+    Args:
+        layer: the layer.
+        linearised: passes with the same states.
+        trained: the blocks that move.
+    """
+    found: dict[nn.Module, list[tuple[Block, Columns]]] = {}
+    state = linearised[0].recorded.state
+    for stage, later in state.later.items() if state is not None else ():
+        own = {i: used for i, used in later.items() if linearised[0].recorded.runs[i].layer is layer.module}
+        for i, block in enumerate(layer.blocks):
+            after = [n for n, used in own.items() if used is None or used.issuperset(block.parameters)]
+            runs = [[one.recorded.runs[n] for n in after] for one in linearised]
+            if after and block in trained and (columns := _columns_of_runs(layer, linearised, runs)) is not None:
+                found.setdefault(stage, []).append((block, columns[i]))
+    return found
+
+
 def later_by_stage(
     task: Task, linearised: Sequence[Linearised], blocks: Mapping[Stage, Sequence[tuple[Block, Columns]]]
 ) -> dict[Stage, Later]:
@@ -140,7 +166,7 @@ def later_by_stage(
             moving |= {block for owner in owners for block in owner.blocks}
             of_stage: dict[nn.Module, list[tuple[Block, Columns]]] = {}
             for layer in (*layers, *owners):
-                for later, own in later_columns(layer, linearised, moving).items():
+                for later, own in _later_columns(layer, linearised, moving).items():
                     of_stage.setdefault(later, []).extend(own)
             found[stage] = of_stage
     return found
@@ -154,3 +180,47 @@ def name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> No
             continue
         stray = any(run.layer is layer.module and run.stray for one in task.passes for run in one.runs)
         outcome.refused[layer.name] = STRAY if stray else SILENT
+
+
+def _columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:
+    """Columns of each of a layer's blocks over all passes.
+
+    ``None`` if no gradient reached the layer, or its outputs do not lead with the batch; a pass that did not use it
+    has columns of zero.
+    """
+    runs = [[run for run in one.recorded.runs if run.layer is layer.module] for one in linearised]
+    if any(run.misfit or run.stray for part in runs for run in part):
+        return None
+    return _columns_of_runs(layer, linearised, runs)
+
+
+def _columns_of_runs(
+    layer: Layer, linearised: Sequence[Linearised], runs: Sequence[Sequence[Run]]
+) -> list[Columns] | None:
+    """The same over some runs of each pass; ``None`` if no gradient reached any."""
+    parts: list[list[Columns] | None] = []
+    for one, own in zip(linearised, runs, strict=True):
+        calls = [
+            (run, [None if c is None else one.unscaled(c, d) for c, d in zip(run.cotangents, run.dims, strict=True)])
+            for run in own
+            if any(c is not None for c in run.cotangents)
+        ]
+        uses = [_columns_of_run(layer, run, cotangents) for run, cotangents in calls]
+        found = [over_uses([use[i] for use in uses]) for i in range(len(layer.blocks))] if uses else None
+        if found and one.scale is not None:  # gradients are linear in the cotangents, sample by sample
+            found = [ScaledColumns(columns, one.scale) for columns in found]
+        parts.append(found)
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
+        return None
+    batches = [one.recorded.batch for one in linearised]
+    filled = [p or [block.absent(batch) for block in some] for p, batch in zip(parts, batches, strict=True)]
+    return [over_batches([part[i] for part in filled]) for i in range(len(layer.blocks))]
+
+
+def _columns_of_run(layer: Layer, run: Run, cotangents: Sequence[Tensor | None]) -> list[Columns]:
+    with nullcontext() if run.rng is None else redrawn(layer.module, run.rng):
+        args, kwargs = run.args, run.kwargs
+        if run.dims[0] and layer.rule.positionwise(layer.module):
+            args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.movedim(run.dims[0], 0), (args, kwargs))
+        return layer.rule.columns(layer.module, layer.blocks, Call(args, kwargs, cotangents))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .bellman import StagePolicy
 from .columns import Columns
 from .layers import Block
-from .linearise import Linearised, columns_of_runs
-from .network import Layer, Stage, matrix_of
+from .linearise import Linearised
+from .network import Stage, matrix_of
 from .passes import Pass, Place, floating, fronted, signed_sum
 from .state import Boundary
 from .trajectory import Recorder
@@ -46,28 +46,6 @@ def restore_overwritten(recorded: Pass, recorder: Recorder) -> None:
     for x in live:
         if x.place in values:
             x.value, x.version = values[x.place], values[x.place]._version
-
-
-def later_columns(
-    layer: Layer, linearised: Sequence[Linearised], trained: Collection[Block]
-) -> dict[nn.Module, list[tuple[Block, Columns]]]:
-    """By stage, the columns of the runs of a layer that follow the stage's cut, where the layer has moved before it.
-
-    Args:
-        layer: the layer.
-        linearised: passes with the same states.
-        trained: the blocks that move.
-    """
-    found: dict[nn.Module, list[tuple[Block, Columns]]] = {}
-    state = linearised[0].recorded.state
-    for stage, later in state.later.items() if state is not None else ():
-        own = {i: used for i, used in later.items() if linearised[0].recorded.runs[i].layer is layer.module}
-        for i, block in enumerate(layer.blocks):
-            after = [n for n, used in own.items() if used is None or used.issuperset(block.parameters)]
-            runs = [[one.recorded.runs[n] for n in after] for one in linearised]
-            if after and block in trained and (columns := columns_of_runs(layer, linearised, runs)) is not None:
-                found.setdefault(stage, []).append((block, columns[i]))
-    return found
 
 
 def forward_pass(

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .conditions import Conditions, rng_states
 from .hooks import ModuleHook, TensorTap
-from .inbox import Ear, Inbox
+from .inbox import Inbox, PassEar
 from .layers import Layout, is_batch, rule_for
 from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, fronted, leaves, versions
 from .sharded import Shards
@@ -209,7 +209,7 @@ class Recorder:
         self._tap(ended, outputs, ended.cotangents)
         if tracer is not None:
             ended.state, taps = tracer.finish(outputs, ended.runs)
-            taps.install(Ear(self.inbox, ended), ended.state.cotangents)
+            taps.install(PassEar(self.inbox, ended), ended.state.cotangents)
             if self.inbox.keeping:
                 ended.edges += [(ended.state.cotangents, i, edge) for i, edge in taps.edges()]
         if self.shards:
@@ -280,7 +280,7 @@ class Recorder:
         self._tap(self._current, outputs, run.cotangents)
 
     def _tap(self, into: Pass, tensors: Sequence[Tensor], cotangents: list[Tensor | None]) -> None:
-        ear = Ear(self.inbox, into)
+        ear = PassEar(self.inbox, into)
         for i, tensor in enumerate(tensors):
             if not tensor.requires_grad:
                 continue
