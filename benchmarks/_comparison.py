@@ -72,6 +72,7 @@ class Study:
                 optimizer=method.optimizer,
                 terminal="matched" if method.matched else "gradient",
                 lr=lr,
+                weight_decay=0.0,
                 epochs=self.epochs,
                 seed=seed,
             )

@@ -12,9 +12,10 @@ from ddpnopt.experiments.config import OPTIMIZERS, resolve
 _INTRODUCTION = f"""# A small convolutional network
 
 Two 3x3 convolutions of stride 2 (16 and 32 channels) and two dense layers, ReLU. DDPNOpt runs with its default
-settings, *not tuned at all*, in the drop-in form `loss.backward(); optimizer.step()`; Adam runs with the learning rate
-that is best on validation data, chosen anew for each number of steps. This page is written by the command named under
-each dataset, from the runs in [`records`](records); it reports what they say, gains and losses alike.
+settings but for weight decay, of which neither has any, *not tuned at all*, in the drop-in form `loss.backward();
+optimizer.step()`; Adam runs with the learning rate that is best on validation data, chosen anew for each number of
+steps. This page is written by the command named under each dataset, from the runs in [`records`](records); it reports
+what they say, gains and losses alike.
 
 * **Same for both**: initial weights and order of the samples (paired by seed), batch size, number of steps.
   *Not* the same: computing time; the cost of a step stands under each table.

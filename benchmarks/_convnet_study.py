@@ -34,7 +34,13 @@ class Study:
     def run(self, optimizer: OptimizerName, lr: float, seed: int) -> Run:
         """One of its runs."""
         config = TrainConfig(
-            dataset=self.dataset, model="cnn", optimizer=optimizer, lr=lr, epochs=_MANY_EPOCHS, seed=seed
+            dataset=self.dataset,
+            model="cnn",
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=0.0,
+            epochs=_MANY_EPOCHS,
+            seed=seed,
         )
         return plan(config, self.marks)
 

@@ -13,9 +13,9 @@ _LOW, _HIGH = 1e-3, 1e2  # the learning rates over which drops are taken, for ev
 
 _INTRODUCTION = f"""# Test accuracy against learning rate
 
-DDPNOpt runs with its default settings, *not tuned at all*; SGD (momentum 0.9), RMSprop and Adam run with the learning
-rate that is best on validation data. This page is written by the command named under each dataset, from the runs in
-[`records`](records); it reports what they say, gains and losses alike.
+DDPNOpt runs with its default settings but for weight decay, of which nobody has any, *not tuned at all*; SGD (momentum
+0.9), RMSprop and Adam run with the learning rate that is best on validation data. This page is written by the command
+named under each dataset, from the runs in [`records`](records); it reports what they say, gains and losses alike.
 
 * **Same for all**: network, initial weights and order of the samples (paired by seed), batch size, number of epochs.
   *Not* the same: computing time; a step of DDPNOpt costs more, see the last column of the first table.
@@ -23,7 +23,7 @@ rate that is best on validation data. This page is written by the command named 
   validation on the last 5,000 training samples. Intervals cover initial weights and order of samples, not the split.
 * **Tuning**: the rivals' learning rate is the one of highest mean validation accuracy over {len(TUNING_SEEDS)} seeds
   that are not among those reported; ties go to the lower train loss. The test part chooses nothing.
-  Not tuned, for anyone: momentum, decay rates of moving averages, weight decay, batch size, schedule (constant).
+  Not tuned, for anyone: momentum, decay rates of moving averages, weight decay (none), batch size, schedule (constant).
 * **Numbers**: test accuracy after the last epoch, in percent; mean over seeds ± 95 % t interval; differences paired by
   seed. *Diverged*: a loss or a step was not finite. *Collapsed*: finite, but at the end less than
   {COLLAPSED_BELOW:g} points above guessing; at very small learning rates this means that nothing is learned yet.

@@ -151,6 +151,8 @@ def _dataset(name: str, folder: Path | None) -> Dataset:
 def _written(config: TrainConfig) -> str:
     built = optimizers.build(config, nn.Linear(1, 1), nn.CrossEntropyLoss())
     options = {name: value for name, value in built.defaults.items() if name != "lr" and value}
+    if "weight_decay" not in options:
+        options.pop("decoupled_weight_decay", None)
     if isinstance(built, ddpnopt.DDPNOpt):
         options = {"coupling": built.coupling, "feedback": built.feedback} | options
         # a cross-entropy's samples are asked for 1, whoever settles it

@@ -104,7 +104,7 @@ def accuracy(task: Task, curvature: Kronecker, lr: float, seed: int, folder: Pat
     config = resolve(TrainConfig(dataset=task.dataset, batch_size=task.batch, epochs=1000, seed=seed))
     with own_random_state(seed, threads=1):
         model, criterion = task.build(dataset.source, seed), nn.CrossEntropyLoss()
-        optimizer = DDPNOpt(model, lr, curvature=curvature, momentum=0.0)
+        optimizer = DDPNOpt(model, lr, curvature=curvature, momentum=0.0, weight_decay=0.0)
         for rows in islice(batches(config, len(dataset.train.y)), task.steps):
             x, y = dataset.train.x[rows], dataset.train.y[rows]
             optimizer.zero_grad()

@@ -125,7 +125,7 @@ def difference(seed: int, count: int, lr: float, *, training: bool) -> Differenc
             tensor.uniform_(0.5, 1.5)
     x, y = torch.randn(count, INPUTS, dtype=torch.float64), torch.randint(CLASSES, (count,))
     own = deepcopy(model)
-    optimizer = DDPNOpt(own, lr, curvature=Identity(), momentum=0.0)
+    optimizer = DDPNOpt(own, lr, curvature=Identity(), momentum=0.0, weight_decay=0.0)
     optimizer.step(lambda: CRITERION(own(x), y))
     wanted = exact_step(model, x, y, lr)
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -146,7 +146,7 @@ def trained(dataset: Dataset, seed: int, lr: float, epochs: int) -> float | None
     widths = (dataset.train.x[0].numel(), HIDDEN, HIDDEN)
     hidden = [(nn.Linear(i, o), nn.BatchNorm1d(o), nn.Tanh()) for i, o in pairwise(widths)]
     model = nn.Sequential(*(module for layer in hidden for module in layer), nn.Linear(HIDDEN, dataset.source.classes))
-    optimizer = DDPNOpt(model, lr, momentum=0.0)
+    optimizer = DDPNOpt(model, lr, momentum=0.0, weight_decay=0.0)
     for _ in range(epochs):
         for batch in torch.randperm(len(dataset.train.x)).split(BATCH):
             if len(batch) < BATCH:

@@ -1,4 +1,4 @@
-"""Which learning rate suits which batch size: DDPNOpt at fixed samples per learning rate, beside AdamW.
+"""How many samples the curvature should count for, at small batches and at large ones, beside AdamW.
 
     python benchmarks/batch_size.py
 
@@ -9,7 +9,7 @@ was stopped, and at the end writes docs/results/batch_size.md.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,13 +29,13 @@ from ddpnopt.experiments.files import write_atomic
 from ddpnopt.experiments.interrupt import StopRequest
 
 BUDGET = "quick"
-DEFAULT = 0.1
+DEFAULT_LR = 0.1
 TASKS = ("digits", "cifar-cnn", "cifar-resnet", "characters")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which learning rate suits which batch size: DDPNOpt at fixed samples per learning rate, beside AdamW."""
+    """How many samples the curvature should count for, at small batches and at large ones, beside AdamW."""
 
     tasks: tuple[str, ...] = ()
     """The suite's, by name. None: of digits, cifar-cnn, cifar-resnet and characters those whose files are at hand."""
@@ -43,8 +43,11 @@ class Arguments:
     batches: tuple[int, ...] = (4, 8, 16, 32, 64)
     """Batch sizes."""
 
-    samples: tuple[int, ...] = (320, 1280, 5120, 20480)
-    """Batch over learning rate, of DDPNOpt."""
+    memories: tuple[int, ...] = (0, 1280, 5120)
+    """Of DDPNOpt's curvature, in samples."""
+
+    lrs: tuple[float, ...] = (10.0,)
+    """Learning rates of DDPNOpt beside the default, at the default memory."""
 
     rival_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     """Learning rates of AdamW."""
@@ -97,8 +100,8 @@ def runs(arguments: Arguments, registration: Registration, name: str) -> list[Ru
     return [
         run
         for batch in arguments.batches
-        for method, lr in rates(arguments, batch)
-        for run in repeated(arguments, registration, name, batch, method, lr)
+        for kind in (*own_kinds(arguments).values(), *rivals(arguments))
+        for run in repeated(arguments, registration, name, batch, kind)
     ]
 
 
@@ -111,66 +114,82 @@ def _at_hand(task: Task, folder: Path | None) -> bool:
     return True
 
 
-def rates(arguments: Arguments, batch: int) -> list[tuple[str, float]]:
-    """Methods with the learning rates they are tried at."""
-    own = [DEFAULT, *(batch / samples for samples in arguments.samples)]
-    return [*(("ddpnopt-default", lr) for lr in own), *(("adamw", lr) for lr in arguments.rival_lrs)]
+@dataclass(frozen=True)
+class Kind:
+    """Runs that differ in their seed alone."""
+
+    method: str
+    lr: float
+    options: Mapping[str, float]
 
 
-def repeated(
-    arguments: Arguments, registration: Registration, name: str, batch: int, method: str, lr: float
-) -> list[Run]:
+def own_kinds(arguments: Arguments) -> dict[str, Kind]:
+    """DDPNOpt's, by the heading of their column."""
+    kinds = {
+        f"memory {memory:,}": Kind("ddpnopt-default", DEFAULT_LR, {"memory": memory}) for memory in arguments.memories
+    }
+    return kinds | {f"default, lr {lr:g}": Kind("ddpnopt-default", lr, {}) for lr in arguments.lrs}
+
+
+def rivals(arguments: Arguments) -> list[Kind]:
+    """AdamW's."""
+    return [Kind("adamw", lr, {}) for lr in arguments.rival_lrs]
+
+
+def repeated(arguments: Arguments, registration: Registration, name: str, batch: int, kind: Kind) -> list[Run]:
     """The runs of one kind, by seed."""
-    task, own = registration.tasks[name], registration.methods[method]
+    task, method = registration.tasks[name], registration.methods[kind.method]
     size = replace(task.sizes[BUDGET], batch=batch, steps=arguments.steps)
     sized = replace(task, sizes={BUDGET: size})
-    return [Run(sized, BUDGET, own, lr, own.options(), seed) for seed in range(arguments.seeds)]
+    options = method.options(**kind.options)
+    return [Run(sized, BUDGET, method, kind.lr, options, seed) for seed in range(arguments.seeds)]
 
 
 def page(arguments: Arguments, registration: Registration, known: records.Records) -> str:
     """Lay the figures out."""
-    seconds: dict[str, float] = {}  # by run: two columns may name the same one
+    seconds: dict[str, float] = {}
+    kinds = own_kinds(arguments)
 
-    def score(name: str, batch: int, method: str, lr: float) -> float:
+    def score(name: str, batch: int, kind: Kind) -> float:
         """Mean over seeds; minus infinity if one diverged."""
-        keys = [records.key(run.settings()) for run in repeated(arguments, registration, name, batch, method, lr)]
+        keys = [records.key(run.settings()) for run in repeated(arguments, registration, name, batch, kind)]
         found = [known[key] for key in keys]
         seconds.update((key, one["wall"]) for key, one in zip(keys, found, strict=True))
         last = [-math.inf if one["diverged"] else one["validation"][-1] for one in found]
         return sum(last) / len(last)
 
     sections = []
-    gaps: list[list[float]] = [[] for _ in range(1 + len(arguments.samples))]
+    gaps: list[list[float]] = [[] for _ in kinds]
     above = [0] * len(gaps)
     for name in arguments.tasks:
         rows = []
         for batch in arguments.batches:
-            own = [score(name, batch, method, lr) for method, lr in rates(arguments, batch)]
-            ours, theirs = own[: 1 + len(arguments.samples)], own[1 + len(arguments.samples) :]
+            ours = [score(name, batch, kind) for kind in kinds.values()]
+            theirs = [score(name, batch, kind) for kind in rivals(arguments)]
             best = max(range(len(theirs)), key=theirs.__getitem__)
             for i, value in enumerate(ours):
                 gaps[i].append(max(ours) - value)
                 above[i] += value > theirs[best]
             cells = [f"**{value:.1f}**" if value == max(ours) else f"{value:.1f}" for value in ours]
             rows.append([str(batch), *cells, f"{theirs[best]:.1f} ({arguments.rival_lrs[best]:g})"])
-        ours_header = [f"lr {DEFAULT:g}", *(f"lr batch/{samples:,}" for samples in arguments.samples)]
-        header = ["batch", *ours_header, "AdamW, its best (lr)"]
+        header = ["batch", *kinds, "AdamW, its best (lr)"]
         sections.append(f"## {registration.tasks[name].title}\n\n{table(header, rows)}\n")
     lost = [["points below the best of the row, mean", *(f"{sum(own) / len(own):.1f}" for own in gaps), ""]]
     lost += [["most", *(f"{max(own):.1f}" for own in gaps), ""]]
     lost += [["rows in which it is above AdamW's best", *(f"{count} of {len(gaps[0])}" for count in above), ""]]
     tables = "\n".join(sections)
-    options: tuple[str, ...] = ("batches", "samples", "rival_lrs", "steps", "seeds")
+    options: tuple[str, ...] = ("batches", "memories", "lrs", "rival_lrs", "steps", "seeds")
     options = options if arguments.tasks == TASKS else ("tasks", *options)
     computing = duration(sum(seconds.values()))
-    return f"""# Learning rate and batch size
+    return f"""# Memory and batch size
 
-The batch's own curvature stands against `M / lr` of the samples seen before: a step remembers about `1 / lr` batches,
-`batch / lr` samples. Here are the suite's tasks and networks, {arguments.steps} steps with linear decay at every batch
-size, at `lr = {DEFAULT:g}` and at fixed samples: validation score in percent at the end, mean over
-{plural(arguments.seeds, "seed")}, the best of DDPNOpt's in bold. Everything but `lr` is at its default. AdamW has the
-best of {plural(len(arguments.rival_lrs), "learning rate")}, chosen on these very scores; each of DDPNOpt's columns is
-one rule for all tasks and batches.
+The batch's own curvature stands against the averaged one's, `M (1 / lr + memory / batch)`, which counts for the last
+`batch / lr + memory` samples, as far as there were so many. Here are the suite's tasks and networks, {arguments.steps}
+steps with linear decay at every batch size, at several memories and `lr = {DEFAULT_LR:g}`, then at the default memory
+and other learning rates: validation score in percent at the end, mean over {plural(arguments.seeds, "seed")}, the best
+of DDPNOpt's in bold. All else is at its default. AdamW has the best of
+{plural(len(arguments.rival_lrs), "learning rate")}, chosen on these very scores; each of DDPNOpt's columns is one
+setting for all tasks and batches.
 
 ## All of them
 

@@ -90,7 +90,13 @@ def _runs(arguments: Arguments) -> Iterator[Run]:
 def _of(arguments: Arguments, curvature: CurvatureName, lr: float, coupling: Coupling) -> list[Run]:
     """The runs of one setting, by seed."""
     config = TrainConfig(
-        dataset=DATASET, model="fcn", curvature=curvature, coupling=coupling, lr=lr, epochs=arguments.epochs
+        dataset=DATASET,
+        model="fcn",
+        curvature=curvature,
+        coupling=coupling,
+        lr=lr,
+        weight_decay=0.0,
+        epochs=arguments.epochs,
     )
     return [plan(replace(config, seed=seed)) for seed in range(arguments.seeds)]
 

@@ -42,6 +42,6 @@ CURVATURES: dict[str, Curvature] = {
     "identity": Identity(),
     "adaptive": Adaptive(beta=0.9),
     "kronecker": Kronecker(refresh_every=2, average_every=1),
-    "low rank": Kronecker(refresh_every=1, rank=1),  # of the convolution network's wide sides
+    "low rank": Kronecker(refresh_every=1, rank=1, memory=7),  # of the convolution network's wide sides
     "eigen": EigenKronecker(refresh_every=2),
 }

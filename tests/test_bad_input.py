@@ -50,6 +50,8 @@ def test_options(settings: dict[str, Any], error: type[Exception], says: str) ->
         (lambda: Kronecker(damping=NAN), "nan"),
         (lambda: Kronecker(refresh_every=0), "refresh_every"),
         (lambda: Kronecker(beta=1.0), "beta"),
+        (lambda: Kronecker(memory=-1), "memory must be a finite number of samples >= 0, got -1"),
+        (lambda: EigenKronecker(memory=NAN), "nan"),
         (lambda: EigenKronecker(refresh_every=2.5), "2.5"),  # type: ignore[arg-type]
         (lambda: Adaptive(eps=-1e-8), "eps"),
         (lambda: Adaptive(beta=-0.1), "beta"),

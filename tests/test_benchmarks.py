@@ -112,20 +112,38 @@ def test_relinearised_runs_differ_from_those_of_the_batch_form_in_that_alone(
     assert shown.count("\n| 1 | ") == 2
 
 
-def test_batch_sizes_are_compared_at_fixed_samples(
+def test_batch_sizes_are_compared_at_several_memories(
     imported: Callable[[str], Main], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--tasks", "digits", "--batches", "8", "16", "--samples", "80", "--rival-lrs", "0.01", "--steps", "4"]
+    words = [
+        "--tasks",
+        "digits",
+        "--batches",
+        "8",
+        "16",
+        "--memories",
+        "0",
+        "80",
+        "--lrs",
+        "3",
+        "--rival-lrs",
+        "0.01",
+        "--steps",
+        "4",
+    ]
     words += ["--seeds", "2", "--out", str(tmp_path)]
     main = imported("batch_size")
     assert main(words) == 0
     records, page = tmp_path / "records" / "batch_size.jsonl", (tmp_path / "batch_size.md").read_text()
     runs = [json.loads(line) for line in records.read_text().splitlines()]
     own = [run for run in runs if run["settings"]["method"] == "ddpnopt-default"]
-    rates = {(run["settings"]["size"]["batch"], run["settings"]["lr"]) for run in own}
-    assert rates == {(8, 0.1), (16, 0.1), (16, 0.2)}  # a batch of 8 at 80 samples is the default rate
-    at_16 = [run["result"]["validation"][-1] for run in own if run["settings"]["lr"] == 0.2]
-    assert re.search(rf"\| 16 \| [*0-9.]+ \| (\*\*)?{sum(at_16) / 2:.1f}", page)
+    kinds = {(run["settings"]["lr"], run["settings"]["options"].get("memory")) for run in own}
+    assert kinds == {(0.1, 0), (0.1, 80), (3.0, None)}
+    at_80 = [
+        run for run in own if run["settings"]["size"]["batch"] == 16 and run["settings"]["options"] == {"memory": 80}
+    ]
+    score = sum(run["result"]["validation"][-1] for run in at_80) / 2
+    assert re.search(rf"\| 16 \| [*0-9.]+ \| (\*\*)?{score:.1f}", page)
 
     first = records.read_bytes()
     assert main(words) == 0

@@ -76,7 +76,7 @@ def expected_step(optimizer: DDPNOpt, case: Case, end: reference.Terminal, **opt
         functions,
         x=case.x.flatten(1),
         terminal=end,
-        R=frozen_R(optimizer, optimizer.curvature, decay, batch=False),
+        R=frozen_R(optimizer, optimizer.curvature, decay, batch=None),
         decay=[decay] * len(functions),
         coupling="sample",
         feedback=optimizer.feedback,

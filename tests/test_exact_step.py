@@ -64,12 +64,20 @@ def controls(optimizer: DDPNOpt) -> list[Tensor]:
     return [block.matrix([p.detach().clone() for p in block.parameters]).flatten() for block in blocks(optimizer)]
 
 
-def frozen_R(optimizer: DDPNOpt, curvature: Curvature, decay: float, *, batch: bool, lr: float = LR) -> list[Tensor]:
-    found = []
+def step_size(curvature: Curvature, lr: float, samples: int, steps: int) -> float:
+    """What ``M`` is divided by in the batch form: it counts for ``memory`` samples, if it has seen as many."""
+    return 1 / (1 / lr + min(curvature.memory, samples * steps) / samples)
+
+
+def frozen_R(
+    optimizer: DDPNOpt, curvature: Curvature, decay: float, *, batch: int | None, lr: float = LR
+) -> list[Tensor]:
+    """After a step; ``batch``: samples of the joint problem, ``None`` for the sample form."""
+    found, lr = [], lr if batch is None else step_size(curvature, lr, batch, optimizer._steps)
     for block in blocks(optimizer):
         out, fan_in = block.matrix(block.parameters).shape
         state = optimizer.state.get(block.parameters[0], {})
-        inverse = curvature.inverse(state, curvature.ridge(lr, decay, batch=batch))
+        inverse = curvature.inverse(state, curvature.ridge(lr, decay, batch=batch is not None))
         found.append(inverse.to_dense(out, fan_in) / lr)
     return found
 
@@ -94,6 +102,7 @@ def test_one_step_is_the_dense_reference(
         feedback=feedback,
         momentum=0.0,
         weight_decay=decay,
+        decoupled_weight_decay=False,
     )
     start = {name: p.detach().clone() for name, p in case.model.named_parameters()}
 
@@ -108,7 +117,7 @@ def test_one_step_is_the_dense_reference(
     end = reference_terminal(terminal, network, case, step=1)
     functions, _ = reference.stages_of(case.model, case.x)
     step()
-    R = frozen_R(optimizer, M, decay, batch=coupling == "batch")
+    R = frozen_R(optimizer, M, decay, batch=len(case.x) if coupling == "batch" else None)
     expected = reference.dense_step(
         functions,
         before,
@@ -129,7 +138,8 @@ def test_one_step_is_the_dense_reference(
 def test_momentum_is_a_proximal_drift(coupling: Coupling, times: float) -> None:
     """As the learning rate falls it falls too; as that grows, it does not."""
     case, M = NETWORKS["mlp"](), CURVATURES["identity"]
-    optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=coupling, momentum=0.7, weight_decay=0.1)
+    settings: dict[str, Any] = {"momentum": 0.7, "weight_decay": 0.1, "decoupled_weight_decay": False}
+    optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=coupling, **settings)
     criterion = nn.CrossEntropyLoss()
 
     def step() -> None:
@@ -150,7 +160,7 @@ def test_momentum_is_a_proximal_drift(coupling: Coupling, times: float) -> None:
         before,
         case.x,
         end,
-        R=frozen_R(optimizer, M, 0.1, batch=coupling == "batch", lr=times * LR),
+        R=frozen_R(optimizer, M, 0.1, batch=len(case.x) if coupling == "batch" else None, lr=times * LR),
         decay=[0.1] * 3,
         drift=drift,
         coupling=coupling,
@@ -162,10 +172,14 @@ def test_momentum_is_a_proximal_drift(coupling: Coupling, times: float) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 @pytest.mark.parametrize("coupling", ["batch", "sample"])
-def test_decoupled_decay_is_a_drift_towards_zero(network: str, momentum: float, coupling: Coupling) -> None:
+@pytest.mark.parametrize("lr", [0.05, 0.6])
+def test_decoupled_decay_shrinks_what_the_policy_moves(
+    network: str, momentum: float, coupling: Coupling, lr: float
+) -> None:
+    """No policy knows of it, but later layers meet the states it has led to; it stops growing where joint steps do."""
     case, M, gamma = NETWORKS[network](), CURVATURES["identity"], 0.4
     settings: dict[str, Any] = {"momentum": momentum, "weight_decay": gamma, "decoupled_weight_decay": True}
-    optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=coupling, **settings)
+    optimizer = DDPNOpt(case.model, lr, curvature=M, coupling=coupling, **settings)
     criterion = nn.CrossEntropyLoss()
 
     def step() -> None:
@@ -173,11 +187,11 @@ def test_decoupled_decay_is_a_drift_towards_zero(network: str, momentum: float, 
         criterion(case.model(case.x), case.y).backward()
         optimizer.step()
 
-    kept = 1 / (1 + LR * gamma)
+    kept = 1 / (1 + (min(lr, 0.1) if coupling == "batch" else lr) * gamma)
     first = controls(optimizer)
     step()
     before = controls(optimizer)
-    drift = [momentum * (new - kept * old) - (1 - kept) * new for new, old in zip(before, first, strict=True)]
+    drift = [momentum * (new - kept * old) for new, old in zip(before, first, strict=True)]
     functions, _ = reference.stages_of(case.model, case.x)
     end = reference_terminal("gradient", network, case, step=1)
     step()
@@ -186,8 +200,9 @@ def test_decoupled_decay_is_a_drift_towards_zero(network: str, momentum: float, 
         before,
         case.x.flatten(1),
         end,
-        R=frozen_R(optimizer, M, 0.0, batch=coupling == "batch"),
+        R=frozen_R(optimizer, M, 0.0, batch=len(case.x) if coupling == "batch" else None, lr=lr),
         drift=drift,
+        kept=[kept] * len(before),
         coupling=coupling,
     )
     for new, wanted in zip(controls(optimizer), expected.controls, strict=True):

@@ -189,7 +189,7 @@ def test_schedulers_and_groups_reach_the_step() -> None:
 
 def test_inverses_follow_a_changed_lr() -> None:
     case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
-    optimizer = DDPNOpt(case.model, 0.1, curvature=Kronecker(refresh_every=1000))
+    optimizer = DDPNOpt(case.model, 0.1, curvature=Kronecker(refresh_every=1000, memory=0))
     backward_then_step(optimizer, case, criterion)
     optimizer.param_groups[0]["lr"] = 1.0
     backward_then_step(optimizer, case, criterion)
@@ -602,9 +602,15 @@ def test_under_autocast_the_step_keeps_single_precision(coupling: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("coupling", "momentum"), [("batch", 0.5), (Batch(relinearise=True), 0.5), ("sample", 0.0), (Dense(), 0.0)]
+    ("coupling", "joint"), [("batch", True), (Batch(relinearise=True), True), ("sample", False), (Dense(), False)]
 )
-def test_momentum_is_on_by_default_where_nothing_published_is_to_be_met(coupling: Any, momentum: float) -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    assert DDPNOpt(model, coupling=coupling).param_groups[0]["momentum"] == momentum
-    assert DDPNOpt(model, coupling=coupling, momentum=0.3).param_groups[0]["momentum"] == 0.3
+def test_momentum_and_decay_are_on_by_default_where_nothing_published_is_to_be_met(coupling: Any, joint: bool) -> None:
+    def group(**settings: Any) -> tuple[float, float, bool]:
+        (own,) = DDPNOpt(nn.Sequential(nn.Linear(2, 2)), coupling=coupling, **settings).param_groups
+        return own["momentum"], own["weight_decay"], own["decoupled_weight_decay"]
+
+    momentum, decay, decoupled = (0.5, 0.01, True) if joint else (0.0, 0.0, False)
+    assert group() == (momentum, decay, decoupled)
+    assert group(momentum=0.3) == (0.3, decay, decoupled)
+    assert group(momentum=0.0, weight_decay=0.0) == (0.0, 0.0, decoupled)
+    assert group(weight_decay=0.2, decoupled_weight_decay=not decoupled) == (momentum, 0.2, not decoupled)

@@ -16,6 +16,7 @@ from ddpnopt import DDPNOpt, Exact, Gradient, reference
 from ddpnopt.curvature import Curvature
 from ddpnopt.network import Layer
 from graphs import GRAPHS, OTHERS, GraphCase, Step
+from test_exact_step import step_size
 
 LR = {"batch": 0.3, "sample": 0.01}  # the paper's form diverges at the larger one
 Coupling = Literal["batch", "sample"]
@@ -37,8 +38,11 @@ def controls(layers: list[Layer]) -> list[Tensor]:
     return [torch.cat(of_layer) for of_layer in matrices]
 
 
-def frozen_R(optimizer: DDPNOpt, layers: list[Layer], curvature: Curvature, coupling: Coupling) -> list[Tensor]:
+def frozen_R(
+    optimizer: DDPNOpt, layers: list[Layer], curvature: Curvature, coupling: Coupling, samples: int
+) -> list[Tensor]:
     found, lr = [], LR[coupling]
+    lr = step_size(curvature, lr, samples, 1) if coupling == "batch" else lr
     for layer in layers:
         dense = []
         for block in layer.blocks:
@@ -120,7 +124,9 @@ def one_step(
     criterion = nn.CrossEntropyLoss()
     end = {"gradient": Gradient(cap=1), "exact": Exact(criterion)}[terminal]
     stages = list(case.steps) if own_input else None
-    optimizer = DDPNOpt(case.model, LR[coupling], curvature=M, terminal=end, stages=stages, coupling=coupling)
+    optimizer = DDPNOpt(
+        case.model, LR[coupling], curvature=M, terminal=end, stages=stages, coupling=coupling, weight_decay=0.0
+    )
     layers = layers_of(case, optimizer)
     y = torch.arange(len(case.x)) % 3
     before = controls(layers)
@@ -135,7 +141,7 @@ def one_step(
         return criterion(output, y) if terminal == "exact" else batch_loss(output, y)
 
     form(optimizer, loss)
-    R = frozen_R(optimizer, layers, M, coupling)
+    R = frozen_R(optimizer, layers, M, coupling, len(case.x))
     expected = reference.dense_step(functions, before, case.x.flatten(1), wanted, R=R, coupling=coupling)
     return before, controls(layers), expected.controls
 

@@ -57,7 +57,7 @@ def test_decoupled_decay_shrinks_the_weights_of_sgd(network: str, momentum: floa
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             with torch.no_grad():
                 for p in self.param_groups[0]["params"]:
-                    p.mul_(1 - 0.05 * (0.3 / (1 + 0.05 * 0.3)))
+                    p.mul_(1 / (1 + 0.05 * 0.3))
             super().step(closure)
 
     ours = open_loop(Identity(), momentum=momentum, weight_decay=0.3, decoupled_weight_decay=True)

@@ -202,7 +202,7 @@ def test_a_layer_that_runs_several_times_gets_the_gradient_of_all_uses() -> None
     model, x, y = Recurrent(), torch.randn(5, 4), torch.randint(3, (5,))
     expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
     start = [p.detach().clone() for p in model.parameters()]
-    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity())
+    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity(), weight_decay=0.0)
     optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))
     for new, old, gradient in zip(model.parameters(), start, expected, strict=True):
         torch.testing.assert_close((old - new) / 1e-7, gradient, rtol=1e-4, atol=1e-6)
@@ -224,7 +224,7 @@ def test_a_shared_parameter_gets_the_gradient_of_both_owners(form: str) -> None:
     model, x, y = Tied(), torch.randint(7, (5, 3)), torch.randint(7, (5, 3))
     (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
     start = model.embed.weight.detach().clone()
-    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity())
+    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity(), weight_decay=0.0)
     if form == "plain":
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -388,7 +388,7 @@ class Heads(nn.Module):
 
 def test_a_head_used_in_one_micro_batch_only_gets_its_gradient() -> None:
     model, x, y = Heads(), torch.randn(6, 4), torch.randint(3, (6,))
-    optimizer = DDPNOpt(model, 1e-7, curvature=Identity())
+    optimizer = DDPNOpt(model, 1e-7, curvature=Identity(), weight_decay=0.0)
     start = [p.detach().clone() for p in model.parameters()]
     for head in (0, 1):
         (nn.functional.cross_entropy(model(x, head), y) / 2).backward()
@@ -457,7 +457,7 @@ def test_sparse_gradients_are_made_dense(settings: dict[str, Any], form: str) ->
 def test_an_embedding_whose_gradient_is_divided_by_counts_follows_the_batch() -> None:
     model = nn.Sequential(nn.Embedding(7, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(12, 3))
     x, y = torch.randint(7, (5, 3)), torch.randint(3, (5,))
-    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity())
+    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity(), weight_decay=0.0)
     assert [row.rule for row in optimizer.report().rows] == ["linear", "base"]
     (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), [next(model.parameters())])
     start = next(model.parameters()).detach().clone()
@@ -470,7 +470,7 @@ def test_a_tied_parameter_whose_gradients_would_be_too_many_gets_one_update(
     monkeypatch: pytest.MonkeyPatch, closure: bool
 ) -> None:
     model, x, y = Tied(), torch.randint(7, (5, 3)), torch.randint(7, (5, 3))
-    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity())
+    optimizer = DDPNOpt(model, lr=1e-7, curvature=Identity(), weight_decay=0.0)
     (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
     start = model.embed.weight.detach().clone()
     monkeypatch.setattr("ddpnopt.reading.LARGEST", 5 * expected.numel() - 1)

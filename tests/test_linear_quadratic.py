@@ -25,7 +25,9 @@ def with_ones(x: torch.Tensor) -> torch.Tensor:
 def test_one_layer_reaches_its_least_squares_minimum(batch: int) -> None:
     layer = nn.Linear(5, 3)
     x, target = torch.randn(batch, 5), torch.randn(batch, 3)
-    DDPNOpt(layer, lr=1e9, curvature=Identity(), terminal=Exact()).step(lambda: squared_error(layer(x), target))
+    DDPNOpt(layer, lr=1e9, curvature=Identity(), terminal=Exact(), weight_decay=0.0).step(
+        lambda: squared_error(layer(x), target)
+    )
     best = with_ones(x) @ torch.linalg.lstsq(with_ones(x), target, driver="gelsd").solution
     torch.testing.assert_close(layer(x), best, rtol=1e-4, atol=1e-4)
 
@@ -43,7 +45,7 @@ def test_last_layer_reaches_its_least_squares_minimum_given_the_rollout(depth: i
     last = model[-1]
     assert isinstance(last, nn.Linear)
     old, nominal = weights_of(last), with_ones(model[:-1](x)).detach()
-    optimizer = DDPNOpt(model, lr=1e9, curvature=Identity(), terminal=Exact())
+    optimizer = DDPNOpt(model, lr=1e9, curvature=Identity(), terminal=Exact(), weight_decay=0.0)
     optimizer.step(lambda: squared_error(model(x), target))
 
     deviation = (with_ones(model[:-1](x)) - nominal).detach()
@@ -70,7 +72,7 @@ def test_relinearised_the_last_layer_reaches_its_least_squares_minimum_at_the_ne
         x, target = torch.randn(30, 5), torch.randn(30, 3)
         nominal = model[:-1](x).detach()
         coupling = Batch(relinearise=relinearise)
-        optimizer = DDPNOpt(model, lr=1e9, curvature=Identity(), terminal=Exact(), coupling=coupling)
+        optimizer = DDPNOpt(model, lr=1e9, curvature=Identity(), terminal=Exact(), weight_decay=0.0, coupling=coupling)
         optimizer.step(lambda x=x, target=target, model=model: squared_error(model(x), target))  # type: ignore[misc]
         assert depth == 1 or (model[:-1](x) - nominal).norm() > 0.1
         minimum = least_squares(model, x, target)
@@ -85,7 +87,13 @@ def test_relinearised_the_last_layer_interpolates_where_it_can(depth: int) -> No
     model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(depth - 1)), nn.Linear(5, 3))
     x, target = torch.randn(4, 5), torch.randn(4, 3)
     optimizer = DDPNOpt(
-        model, 1e9, curvature=Identity(), terminal=Exact(), coupling=Batch(relinearise=True), momentum=0.0
+        model,
+        1e9,
+        curvature=Identity(),
+        terminal=Exact(),
+        weight_decay=0.0,
+        coupling=Batch(relinearise=True),
+        momentum=0.0,
     )
     optimizer.step(lambda: squared_error(model(x), target))
     torch.testing.assert_close(model(x), target, rtol=1e-5, atol=1e-5)
@@ -94,7 +102,7 @@ def test_relinearised_the_last_layer_interpolates_where_it_can(depth: int) -> No
 def test_at_small_lr_it_does_not() -> None:
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
     x, target = torch.randn(30, 5), torch.randn(30, 3)
-    optimizer = DDPNOpt(model, lr=0.1, curvature=Identity(), terminal=Exact())
+    optimizer = DDPNOpt(model, lr=0.1, curvature=Identity(), terminal=Exact(), weight_decay=0.0)
     optimizer.step(lambda: squared_error(model(x), target))
     states = torch.cat([model[:-1](x), torch.ones(30, 1)], 1)
     best = states @ torch.linalg.lstsq(states, target).solution
@@ -105,7 +113,9 @@ def test_at_small_lr_it_does_not() -> None:
 def test_no_learning_rate_increases_a_convex_loss(lr: float) -> None:
     layer = nn.Linear(5, 3)
     x, target = torch.randn(8, 5), torch.randn(8, 3)
-    optimizer = DDPNOpt(layer, lr=lr, curvature=Kronecker(damping=1e-8), terminal=Exact(), momentum=0.0)
+    optimizer = DDPNOpt(
+        layer, lr=lr, curvature=Kronecker(damping=1e-8), terminal=Exact(), weight_decay=0.0, momentum=0.0
+    )
     losses = [float(optimizer.step(lambda: squared_error(layer(x), target)).detach()) for _ in range(6)]
     assert all(after <= before + 1e-12 for before, after in pairwise(losses))
     assert losses[-1] < losses[0]

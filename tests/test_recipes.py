@@ -61,7 +61,7 @@ def clipped_by(factor: float, settings: dict[str, Any], edit: Callable[[nn.Modul
     torch.manual_seed(5)
     case = NETWORKS["mlp"]()
     criterion = getattr(settings.get("terminal"), "criterion", None) or nn.CrossEntropyLoss()
-    optimizer = DDPNOpt(case.model, 0.5, **settings)
+    optimizer = DDPNOpt(case.model, 0.5, weight_decay=0.0, **settings)
     before = parameters_to_vector(case.model.parameters()).detach()
     criterion(case.model(case.x), case.y).backward()
     if edit is not None:
@@ -108,7 +108,7 @@ def test_a_clip_of_every_step_drops_out(settings: dict[str, Any]) -> None:
     """As it does from Adam's steps: loops made for Adam clip most of theirs."""
     torch.manual_seed(5)
     model, criterion = nn.Sequential(LOOSE(), nn.Flatten(), nn.Linear(8, 3)), nn.CrossEntropyLoss()
-    optimizer = DDPNOpt(model, 0.01, **settings)
+    optimizer = DDPNOpt(model, 0.01, weight_decay=0.0, **settings)
     x, y = torch.randint(7, (5, 2)), torch.randint(3, (5,))
 
     def moved(model: nn.Module, optimizer: DDPNOpt, factor: float) -> Tensor:
@@ -130,7 +130,7 @@ def test_a_clip_of_every_step_drops_out(settings: dict[str, Any]) -> None:
     assert (as_usual - whole).norm() < 0.01 * whole.norm()
     assert (more - 0.25 * whole).norm() < 0.01 * whole.norm()
 
-    again = DDPNOpt(model, 0.01, **settings)
+    again = DDPNOpt(model, 0.01, weight_decay=0.0, **settings)
     again.load_state_dict(optimizer.state_dict())
     assert (moved(model, again, 0.05) - more).norm() == 0
 
@@ -187,7 +187,7 @@ def test_loose_parameters_are_clipped_beside_the_layers() -> None:
         torch.manual_seed(5)
         model, criterion = nn.Sequential(LOOSE(), nn.Flatten(), nn.Linear(8, 3)), nn.CrossEntropyLoss()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimizer = DDPNOpt(model, 0.01, curvature=Identity(), feedback=False)
+        optimizer = DDPNOpt(model, 0.01, curvature=Identity(), feedback=False, weight_decay=0.0)
         criterion(model(torch.randint(7, (5, 2))), torch.randint(3, (5,))).backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

@@ -69,19 +69,20 @@ def without_control(module: nn.Module, shape: torch.Size, u: Tensor, x: Tensor) 
 def check_second_step(network: str, curvature: str, terminal: str, decay: float, momentum: float) -> None:
     case, criterion, M = CHAINS[network](), nn.CrossEntropyLoss(), CURVATURES[curvature]
     options: dict[str, Any] = {"terminal": terminals(criterion, CAPS[network])[terminal], "momentum": momentum}
-    optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=ANEW, weight_decay=decay, **options)
+    options |= {"weight_decay": decay, "decoupled_weight_decay": False}
+    optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=ANEW, **options)
     first = controls(optimizer)
     backward_then_step(optimizer, case, criterion)
     before = controls(optimizer)
     twin = Case(copy.deepcopy(case.model), case.x, case.y)
-    plain = DDPNOpt(twin.model, LR, curvature=M, weight_decay=decay, **options)
+    plain = DDPNOpt(twin.model, LR, curvature=M, **options)
     plain.load_state_dict(optimizer.state_dict())
     end = reference_terminal(terminal, CAPS[network], case, step=1)
     backward_then_step(optimizer, case, criterion)
     backward_then_step(plain, twin, criterion)
 
     drift = [momentum * (u - old) for u, old in zip(before, first, strict=True)]
-    R = frozen_R(optimizer, M, decay, batch=True)
+    R = frozen_R(optimizer, M, decay, batch=len(case.x))
     expected = reference_step(case, end, before, R, drift, decay)
     for new, wanted in zip(controls(optimizer), expected, strict=True):
         torch.testing.assert_close(new, wanted, rtol=1e-10, atol=1e-10)
@@ -161,7 +162,7 @@ def test_any_last_layer_solves_its_problem_at_the_new_inputs(make: Callable[[int
     parameters = list(last.parameters())
     old = torch.cat([p.detach().clone() for p in parameters])
 
-    optimizer = DDPNOpt(case.model, 2.0, curvature=Identity(), coupling=ANEW)
+    optimizer = DDPNOpt(case.model, 2.0, curvature=Identity(), coupling=ANEW, weight_decay=0.0)
     backward_then_step(optimizer, case, nn.CrossEntropyLoss())
     new, moved = torch.cat([p.detach().clone() for p in parameters]), case.model[0](case.x).detach()
     torch.nn.utils.vector_to_parameters(old, parameters)

@@ -140,7 +140,9 @@ def test_one_step_is_the_dense_reference(kind: str, coupling: Any, terminal: str
     chosen = Gradient() if terminal == "gradient" else Exact(CRITERION)
     # a cell's first input is not all that enters it: the module that runs it over time is the stage
     stages = ["1"] if kind == "cell" else None
-    optimizer = DDPNOpt(model, lr, curvature=Identity(), coupling=coupling, terminal=chosen, stages=stages)
+    optimizer = DDPNOpt(
+        model, lr, curvature=Identity(), coupling=coupling, terminal=chosen, stages=stages, weight_decay=0.0
+    )
     CRITERION(model(x), y).backward()
     optimizer.step()
     for module, wanted in zip(model, expected.controls, strict=True):
@@ -264,7 +266,7 @@ def test_a_small_step_follows_the_gradient_dropout_included(kind: str, form: str
     expected = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     torch.set_rng_state(state)
-    optimizer = DDPNOpt(model, 1e-7, curvature=Identity(), terminal=Gradient(reduction=reduction))
+    optimizer = DDPNOpt(model, 1e-7, curvature=Identity(), terminal=Gradient(reduction=reduction), weight_decay=0.0)
     if form == "plain":
         nn.functional.cross_entropy(model(x), y, reduction=reduction).backward()
         optimizer.step()

@@ -442,7 +442,7 @@ def test_a_layer_whose_parameters_are_used_outside_it_gets_all_its_gradient() ->
     for closure in (False, True):
         before = [p.detach().clone() for p in model.parameters()]
         gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
-        optimizer = DDPNOpt(model, 1e-7, curvature=Identity())
+        optimizer = DDPNOpt(model, 1e-7, curvature=Identity(), weight_decay=0.0)
         with pytest.warns(UserWarning, match="a, Linear: a parameter of it is used outside its own runs"):
             if closure:
                 optimizer.step(lambda: F.cross_entropy(model(x), y))

@@ -374,7 +374,7 @@ def test_step_is_noop_when_params_have_no_grad(desc: str) -> None:
 @pytest.mark.parametrize("desc", [desc for desc in INPUTS if "weight_decay" not in desc])  # decay needs no gradient
 @every_problem
 def test_step_is_noop_for_zero_grads(problem: str, desc: str) -> None:
-    kwargs = kwargs_of(desc)
+    kwargs = {"weight_decay": 0.0, **kwargs_of(desc)}
     made = PROBLEMS[problem]()
     before = [p.detach().clone() for p in made.parameters]
     optimizer = DDPNOpt(made.given, **kwargs)

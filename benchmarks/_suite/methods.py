@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ddpnopt import DDPNOpt, Gradient, Kronecker, Matched
 from ddpnopt.baselines import EKFAC
+from ddpnopt.coupling import default_numbers
 from ddpnopt.units import settled
 
 from .registration import Method
@@ -99,9 +100,15 @@ class Place:
         return loop(self.model, (build(self.model.parameters(), lr=self.lr, **options),))
 
 
-def _ddpnopt(place: Place, damping: float = 0.1, terminal: str = "gradient", **options: Any) -> Trainer:
+def _ddpnopt(
+    place: Place,
+    damping: float = Kronecker.damping,
+    memory: float = Kronecker.memory,
+    terminal: str = "gradient",
+    **options: Any,
+) -> Trainer:
     endings: dict[str, Gradient | Matched] = {"gradient": Gradient(), "matched": Matched(place.criterion)}
-    curvature = Kronecker(damping=damping)
+    curvature = Kronecker(damping=damping, memory=memory)
     return LossOnly(
         place.model, (DDPNOpt(place.model, place.lr, curvature=curvature, terminal=endings[terminal], **options),)
     )
@@ -197,15 +204,19 @@ def start(method: Method, place: Place, options: Mapping[str, Any]) -> AtWork:
     return AtWork(BUILDERS[method.name](place, **options), method.scheduled)
 
 
-def defaults(method: Method, *, squared: bool) -> str:
-    """What the options of this library begin with, written out: a run with other defaults is another run.
+def defaults(method: Method, options: Mapping[str, Any], *, squared: bool) -> str:
+    """What a run leaves to the library, written out: a run with other defaults is another run.
 
     A sample is asked for more than 1 only in the batch form, and only if the loss is no cross-entropy but ``squared``.
     """
     if method.package != "ddpnopt":
         return ""
     terminal = Gradient() if squared and method.name.startswith("ddpnopt") else settled(Gradient(), 1.0)
-    return f"{Kronecker()!r}, {terminal!r}"
+    said = f"{Kronecker()!r}, {terminal!r}"
+    if BUILDERS[method.name] is not _ddpnopt:
+        return said
+    numbers = default_numbers(options.get("coupling", "batch"))
+    return ", ".join([said, *(f"{name} {numbers[name]!r}" for name in numbers if name not in options)])
 
 
 def installed(method: str) -> bool:

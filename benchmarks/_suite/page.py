@@ -171,16 +171,17 @@ within {registration.claims["points"]:g} point of the method's own best (0: only
 
 
 def _ablation(registration: Registration, outcomes: Sequence[Outcome]) -> str:
-    there = [o for o in outcomes if o.ablation]
+    there, base = [o for o in outcomes if o.ablation], registration.base
     rows = [
-        [name, *(_variant(outcome, name) for outcome in there), *_counts(there, name)] for name in registration.ablation
+        [name, *(_variant(outcome, name, base) for outcome in there), *_counts(there, name, base)]
+        for name in registration.ablation
     ]
     header = ["", *(f"{o.task.name}, {plural(o.size.ablation, 'seed')}" for o in there)]
     return f"""## Ablation at equal settings
 
-DDPNOpt, untuned (learning rate 0.1 unless said), one thing changed. First row: mean test score; others: the change,
-paired by seed, with `*` where its 95 % interval leaves out 0. In brackets the median steps to the final target (∞:
-missed).
+DDPNOpt, untuned (learning rate 0.1 and no weight decay unless said), one thing changed. First row: mean test score;
+others: the change, paired by seed, with `*` where its 95 % interval leaves out 0. In brackets the median steps to the
+final target (∞: missed).
 
 {table([*header, "* higher, lower", "fewer steps, more"], rows)}
 
@@ -190,25 +191,25 @@ difference to the first row is what the recursion across layers and the closed l
 """
 
 
-def _variant(outcome: Outcome, name: str) -> str:
+def _variant(outcome: Outcome, name: str, base: str) -> str:
     steps = outcome.steps_of(name)
     reached = f" ({'∞' if math.isinf(steps) else f'{steps:g}'})"
-    if name == "default":
+    if name == base:
         runs = outcome.ablation[name]
         return f"{sum(run['test'] or 0.0 for run in runs) / len(runs):.1f}{reached}"
-    change = outcome.change(name)
+    change = outcome.change(name, base)
     return f"{change.mean:+.1f}{'*' if change.low > 0 or change.high < 0 else ''}{reached}"
 
 
-def _counts(outcomes: Sequence[Outcome], name: str) -> list[str]:
-    """In how many tasks a variant tests higher and lower than the default, and takes fewer and more steps."""
-    if name == "default":
+def _counts(outcomes: Sequence[Outcome], name: str, base: str) -> list[str]:
+    """In how many tasks a variant tests higher and lower than the base, and takes fewer and more steps."""
+    if name == base:
         return ["", ""]
-    changes = [outcome.change(name) for outcome in outcomes]
-    steps = [(outcome.steps_of(name), outcome.steps_of("default")) for outcome in outcomes]
+    changes = [outcome.change(name, base) for outcome in outcomes]
+    steps = [(outcome.steps_of(name), outcome.steps_of(base)) for outcome in outcomes]
     return [
         f"{sum(change.low > 0 for change in changes)}, {sum(change.high < 0 for change in changes)}",
-        f"{sum(own < base for own, base in steps)}, {sum(own > base for own, base in steps)}",
+        f"{sum(own < its for own, its in steps)}, {sum(own > its for own, its in steps)}",
     ]
 
 

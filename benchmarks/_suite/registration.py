@@ -96,6 +96,11 @@ class Registration:
         """Name of the method whose runs set the targets."""
         return str(self.protocol["reference"])
 
+    @property
+    def base(self) -> str:
+        """The ablation's variant that the others are compared with, its first."""
+        return next(iter(self.ablation))
+
     def methods_of(self, task: str) -> tuple[Method, ...]:
         """Those that are run on a task."""
         return tuple(m for m in self.methods.values() if not m.tasks or task in m.tasks)

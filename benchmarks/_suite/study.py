@@ -104,7 +104,7 @@ class Outcome:
         """Median steps of an ablation's variant to the final target."""
         return median_steps(self.ablation[variant], marks(self.size.steps), self.targets.final)
 
-    def change(self, variant: str, base: str = "default") -> Interval:
+    def change(self, variant: str, base: str) -> Interval:
         """Test score of a variant minus the base's, paired by seed."""
         own, other = ([run["test"] or 0.0 for run in self.ablation[name]] for name in (variant, base))
         return paired_difference(own, other)

@@ -19,21 +19,14 @@ class Settings:
     Args:
         lr: step size ``eta``.
         decay: of the stage cost ``decay / 2 |u|^2``.
-        shrinkage: decoupled decay: what the weights lose by themselves in a step is ``lr * shrinkage * u``.
-        momentum: weight of the last update.
-
-    The last two are a drift: ``R`` is centred on ``u - lr (shrinkage u + momentum v)``.
+        kept: share of the weights that decoupled decay leaves, before the policy moves them.
+        momentum: weight of the last update, a drift: ``R`` is centred on ``u - lr momentum v``.
     """
 
     lr: float
     decay: float
-    shrinkage: float
+    kept: float
     momentum: float
-
-    @property
-    def kept(self) -> float:
-        """Share of the weights that the shrinkage leaves."""
-        return 1 - self.lr * self.shrinkage
 
 
 @dataclass(frozen=True)
@@ -57,12 +50,6 @@ class BlockTerms:
     state: State
     seen: Columns | None = None
 
-    def drift(self) -> list[tuple[Tensor, float]]:
-        """The drift over ``-lr``, in units of ``M^-1 Q_u``: matrices ``[out, fan_in]``, each with its share."""
-        own = self.settings
-        moved = [(self.velocity, own.momentum)] if own.momentum and self.velocity is not None else []
-        return [*moved, *([(self.control, own.shrinkage)] if own.shrinkage and self.control is not None else [])]
-
 
 @dataclass(frozen=True)
 class BlockPolicy:
@@ -81,7 +68,9 @@ class BlockPolicy:
     state: State
 
     def move_(self, control: Sequence[Tensor], weights: Tensor) -> Tensor | None:
-        """Move ``u`` by the policy with weights ``[R, B]`` on the columns; returns the new velocity, if there is one.
+        """Move what is kept of ``u`` by the policy with weights ``[R, B]`` on the columns; returns the new velocity.
+
+        Without momentum that is ``None``.
 
         ``control``: the block's parameters, each as a matrix, ``[out, fan_in]`` side by side; written into.
         """
@@ -92,7 +81,7 @@ class BlockPolicy:
         return self.follow_(control, self.direction(weights))
 
     def direction(self, weights: Tensor) -> Tensor:
-        """``M^-1 (U' w + stage cost) + momentum v [out, fan_in]``: the change over ``-lr`` but for the shrinkage."""
+        """``M^-1 (U' w + stage cost) + momentum v [out, fan_in]``: what moves the kept weights, over ``-lr``."""
         terms, momentum = self.terms, self.terms.settings.momentum
         if momentum and terms.velocity is not None:
             direction = terms.columns.solve_weighted_and(self.inverse, weights, terms.velocity, momentum)
@@ -101,7 +90,7 @@ class BlockPolicy:
         return direction if self.offset is None else direction + self.offset
 
     def follow_(self, control: Sequence[Tensor], direction: Tensor) -> Tensor | None:
-        """Move ``u`` by ``-lr`` times a direction and its shrinkage; returns the new velocity, if there is one."""
+        """Move what is kept of ``u`` by ``-lr`` times a direction; returns the new velocity, if there is one."""
         settings = self.terms.settings
         add_(control, direction, -settings.lr, settings.kept)
         return direction if settings.momentum else None
@@ -232,13 +221,13 @@ def _gram(block: BlockPolicy, *, joint: bool) -> Tensor:
 
 def _cost(block: BlockPolicy, *, joint: bool) -> Tensor | None:
     """``d = G' R^-1`` times the gradient of decay and, in the batch form, of the drift's proximal term."""
-    terms = block.terms
-    parts = [] if block.offset is None else [(block.offset, 1.0)]
-    parts += terms.drift() if joint else []
-    if not parts:
-        return None
-    (pull, share), *others = parts
-    for other, its in others:
-        pull = torch.add(pull, other, alpha=its / share)
+    terms, offset, momentum = block.terms, block.offset, block.terms.settings.momentum
+    drift = terms.velocity if joint and momentum else None
+    if drift is None:
+        pull, share = offset, 1.0
+    elif offset is None:
+        pull, share = drift, momentum
+    else:
+        pull, share = torch.add(offset, drift, alpha=momentum), 1.0
     # the number is multiplied in where few numbers are left
-    return terms.columns.directional(pull).double() * (share * terms.settings.lr)
+    return None if pull is None else terms.columns.directional(pull).double() * (share * terms.settings.lr)

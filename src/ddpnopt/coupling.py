@@ -57,7 +57,8 @@ class Batch:
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).double()
         >>> x, y = torch.randn(32, 4).double(), torch.randn(32, 2).double()
-        >>> optimizer = DDPNOpt(model, 1e9, curvature=Identity(), terminal=Exact(), coupling=Batch(relinearise=True))
+        >>> options = {"curvature": Identity(), "terminal": Exact(), "weight_decay": 0.0}
+        >>> optimizer = DDPNOpt(model, 1e9, coupling=Batch(relinearise=True), **options)
         >>> loss = optimizer.step(lambda: torch.nn.functional.mse_loss(model(x), y))
         >>> states = torch.nn.functional.pad(model[0](x), (0, 1), value=1.0)
         >>> best = states @ torch.linalg.lstsq(states, y).solution  # the last layer's least squares at the new states
@@ -83,9 +84,11 @@ class Batch:
 Coupling = Literal["batch", "sample"] | Batch | Dense
 
 
-def default_momentum(coupling: Coupling) -> float:
-    """Of an optimizer that is told none: what served nine tasks best, where nothing published is to be met."""
-    return 0.5 if is_joint(coupling) else 0.0
+def default_numbers(coupling: Coupling) -> dict[str, float | bool]:
+    """Of a group that is told none: what served the suite's tasks best, where nothing published is to be met."""
+    joint = is_joint(coupling)
+    decay = {"weight_decay": 0.01 if joint else 0.0, "decoupled_weight_decay": joint}
+    return {"momentum": 0.5 if joint else 0.0, **decay}
 
 
 def is_joint(coupling: Coupling) -> bool:

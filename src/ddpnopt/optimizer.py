@@ -14,7 +14,7 @@ from torch import nn
 from .accord import Accord, ScalerError
 from .clipping import Clips
 from .compiled import drop_old_code, plain
-from .coupling import Coupling, default_momentum, is_joint
+from .coupling import Coupling, default_numbers, is_joint
 from .curvature import Curvature, Kronecker
 from .dense import Dense
 from .errors import NonFiniteError, StepError
@@ -38,7 +38,7 @@ from .report import Report, describe
 from .scaling import found_scale, told_scale
 from .sharded import Shards, gathered
 from .steps import closed_loop, open_loop, settle
-from .task import Outcome, Task
+from .task import PEAK_LR, Outcome, Task, peak
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .transaction import Transaction
@@ -59,8 +59,9 @@ class DDPNOpt(torch.optim.Optimizer):
         model_or_params: the module to train (all its parameters that require a gradient, one group), bare, in a
             ``DistributedDataParallel`` or sharded by ``fully_shard``; or parameters or groups as for any
             ``torch.optim.Optimizer``: parameters without their module get the curvature's step alone.
-        lr: step size ``eta`` of ``R = M / eta + ...``; a step remembers about ``batch / lr`` samples, and 1,280 of them
-            suit many tasks (``docs/results/batch_size.md``). Default 0.1, for batches of about 128.
+        lr: step size ``eta`` of ``R = M (1 / eta + memory / batch) + ...``: in the batch form ``Kronecker`` and
+            ``EigenKronecker`` have a ``memory`` of 1,280 samples, which bounds the step at small batches and at large
+            learning rates; below the largest one that a group has had, the whole of ``M`` is scaled. Default 0.1.
         curvature: ``Kronecker()`` (default), ``EigenKronecker()``, ``Adaptive()`` or ``Identity()``.
         terminal: ``Gradient()`` (default), or ``Matched``, ``Exact``, ``Sampled`` with the loss module.
         coupling: ``"batch"`` (default), the joint problem of all samples, exact; ``"sample"``, the paper's
@@ -73,11 +74,11 @@ class DDPNOpt(torch.optim.Optimizer):
         momentum: weight of the last update, as a drift the policy takes into account; as ``lr`` falls the drift falls
             with it, as ``lr`` rises it does not grow. Default: 0.5 in the batch form, 0 in the others, which coincide
             with published optimizers.
-        weight_decay: ``gamma`` of the stage cost ``gamma / 2 |u|^2`` per layer; default 0.
-        decoupled_weight_decay: ``True`` makes ``weight_decay`` what it is in ``torch.optim.AdamW``: no cost, but a pull
-            of the weights towards 0, by ``lr * weight_decay`` of themselves a step (divided by ``1 + lr *
-            weight_decay``, which no ``lr`` turns round); a drift, like momentum's, of which the policy knows. Default
-            ``False``.
+        weight_decay: ``gamma`` of the stage cost ``gamma / 2 |u|^2`` per layer, or, decoupled, what it is in
+            ``torch.optim.AdamW``. Default: 0.01 in the batch form, 0 in the others.
+        decoupled_weight_decay: ``True``: no cost, but each step leaves ``1 / (1 + lr * weight_decay)`` of the weights,
+            and the policy moves these. In the batch form, whose steps are bounded as ``lr`` grows, an ``lr`` above 0.1
+            counts as 0.1 here. ``False``: the stage cost. Default: ``True`` in the batch form, ``False`` in the others.
         stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
             layers inside one move together. Default: every layer is a stage, and its state, all that lives at its
             cut, is found in autograd's graph.
@@ -123,8 +124,8 @@ class DDPNOpt(torch.optim.Optimizer):
         coupling: Coupling = "batch",
         feedback: bool = True,
         momentum: float | None = None,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = False,
+        weight_decay: float | None = None,
+        decoupled_weight_decay: bool | None = None,
         stages: Sequence[str | nn.Module] | None = None,
         on_nonfinite: OnNonfinite = "raise",
         process_group: Any = None,
@@ -134,11 +135,9 @@ class DDPNOpt(torch.optim.Optimizer):
         self.coupling, self.feedback, self.stages, self.on_nonfinite = coupling, feedback, stages, on_nonfinite
         check_options(self.curvature, self.terminal, coupling, feedback, on_nonfinite)
         check_stages(coupling, stages)
-        momentum = default_momentum(coupling) if momentum is None else momentum
-        defaults = {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }  # fmt: skip
+        given = {"momentum": momentum, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay}
+        said = {name: value for name, value in given.items() if value is not None}
+        defaults = {"lr": lr, **default_numbers(coupling), **said}
         check_numbers(defaults)
         wrapper: Any = None
         if isinstance(model_or_params, nn.Module):
@@ -358,6 +357,8 @@ class DDPNOpt(torch.optim.Optimizer):
         for parameter, state in outcome.states.items():
             own = {**state, "parameters": sizes[parameter]}
             self.state[parameter] = self._shards.cut(own)
+        for group in self.param_groups if self.curvature.memory and is_joint(self.coupling) else ():
+            group[PEAK_LR] = peak(group)
         self._steps += 1
         self._clips.settle(outcome.clip)
         self._cap = outcome.cap

@@ -58,7 +58,7 @@ def open_loop(task: Task) -> Outcome:
         q_u = gradient
         state = curvature.advance(state, own, lambda q_u=q_u: q_u, ridge)  # type: ignore[misc]
         inverse = curvature.inverse(state, ridge)
-        if settings.shrinkage:
+        if settings.kept != 1.0:
             control.mul_(settings.kept)
         if momentum:
             velocity = torch.zeros_like(gradient) if velocity is None else velocity * momentum
@@ -184,7 +184,7 @@ def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
         # what is carried on is at most the last update itself: the velocity of a step with hardly any lr, and so with
         # hardly any damping, is long
         velocity = velocity * (its_lr / settings.lr)
-    control = wide(matrix_of(block, block.tensors)) if settings.decay or settings.shrinkage else None
+    control = wide(matrix_of(block, block.tensors)) if settings.decay else None
     if isinstance(columns, SpreadColumns) and is_local(task.coupling):
         return BlockTerms(columns.own, control, velocity, settings, state, seen=columns)
     return BlockTerms(columns, control, velocity, settings, state)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .accord import Accord
 from .bellman import Settings
 from .conditions import every_module
-from .coupling import Coupling
+from .coupling import Coupling, is_joint
 from .curvature import Curvature
 from .curvature.base import State
 from .errors import StepError
@@ -21,6 +21,17 @@ from .terminal import Terminal
 from .trajectory import Recorder
 
 VELOCITY, VELOCITY_LR = "velocity", "velocity_lr"
+
+DECAY_LR = 0.1
+"""Learning rate up to which decoupled decay grows with it in the joint form, whose steps are bounded as it grows."""
+
+
+PEAK_LR = "peak_lr"
+
+
+def peak(group: Mapping[str, Any]) -> float:
+    """The largest learning rate that a group has made a step with, this one's included."""
+    return max(float(group["lr"]), float(group.get(PEAK_LR, 0.0)))
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,21 @@ class Task:
     def settings(self, block: Block) -> Settings:
         """Those of a block's group."""
         group = self.groups[self.group_of[block.parameters[0]]]
-        lr, gamma = float(group["lr"]), float(group["weight_decay"])
-        decay, shrinkage = (0.0, gamma / (1 + lr * gamma)) if group["decoupled_weight_decay"] else (gamma, 0.0)
-        return Settings(lr, decay, shrinkage, float(group["momentum"]))
+        lr, gamma, momentum = (float(group[name]) for name in ("lr", "weight_decay", "momentum"))
+        own = lr / (1 + peak(group) * self.memory)
+        if not group["decoupled_weight_decay"]:
+            return Settings(own, gamma, 1.0, momentum)
+        reach = min(lr, DECAY_LR) if is_joint(self.coupling) else lr
+        return Settings(own, 0.0, 1 / (1 + reach * gamma), momentum)
+
+    @property
+    def memory(self) -> float:
+        """What ``M`` weighs at least beside the batch's own curvature."""
+        samples = sum(self.accord.counts)
+        if not is_joint(self.coupling) or not samples:
+            return 0.0
+        kept = min(self.curvature.memory, (self.number + 1) * samples)  # no more than it has seen
+        return kept / (samples if self.terminal.reduction == "mean" else 1)
 
     def own_state(self, block: Block) -> tuple[State, Tensor | None, float | None]:
         """A block's curvature state, its velocity, and the learning rate that this velocity has moved it by."""

@@ -115,6 +115,13 @@ def test_every_setting_of_ddpnopt_reaches_it() -> None:
     assert (optimizer.coupling, optimizer.feedback) == ("sample", False)
 
 
+@pytest.mark.parametrize("coupling", ["batch", "relinearised", "sample"])
+def test_settings_left_out_are_the_librarys(coupling: Any) -> None:
+    built = optimizers.build(resolve(TrainConfig("iris", coupling=coupling)), nn.Linear(4, 3), nn.CrossEntropyLoss())
+    assert isinstance(built, ddpnopt.DDPNOpt)
+    assert built.defaults == ddpnopt.DDPNOpt(nn.Linear(4, 3), coupling=built.coupling).defaults
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("sgd", torch.optim.SGD), ("rmsprop", torch.optim.RMSprop), ("adam", torch.optim.Adam)]
 )
@@ -124,6 +131,8 @@ def test_rivals_are_torchs_own(name: Any, kind: type[torch.optim.Optimizer]) -> 
     assert type(optimizer) is kind
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.3, 0.01)
     assert optimizer.defaults.get("momentum", 0) == (0.9 if name == "sgd" else 0)
+    left_out = optimizers.build(resolve(TrainConfig("iris", optimizer=name)), nn.Linear(4, 3), nn.CrossEntropyLoss())
+    assert left_out.defaults["weight_decay"] == 0
 
 
 @pytest.mark.parametrize("coupling", ["batch", "sample"])

@@ -68,15 +68,15 @@ class Program:
     reshard: bool | None = None
 
 
-DECAYED = {"momentum": 0.5, "weight_decay": 0.01}
+DECAYED = {"momentum": 0.5, "weight_decay": 0.01, "decoupled_weight_decay": False}
 KRONECKER = Kronecker(refresh_every=2, average_every=1)
 PROGRAMS: dict[str, Program] = {
     "identity": Program(settings={"curvature": Identity()}, steps=20),
     "adaptive": Program(settings={"curvature": Adaptive(beta=0.9)}, steps=20),
     "kronecker": Program(settings={"curvature": KRONECKER}, steps=20),
     "eigen": Program(settings={"curvature": EigenKronecker(refresh_every=2)}, steps=20),
-    "decay and momentum": Program(settings={"momentum": 0.5, "weight_decay": 0.1, "curvature": Identity()}),
-    "conv, identity": Program(conv, {"curvature": Identity(), "momentum": 0.5, "weight_decay": 0.01}, steps=20),
+    "decay and momentum": Program(settings={**DECAYED, "weight_decay": 0.1, "curvature": Identity()}),
+    "conv, identity": Program(conv, {"curvature": Identity(), **DECAYED}, steps=20),
     "conv, adaptive": Program(conv, {"curvature": Adaptive(), "weight_decay": 0.01}, steps=20),
     "conv, kronecker": Program(conv, {"curvature": KRONECKER}, steps=20),
     "low rank": Program(wide, {"curvature": Kronecker(refresh_every=2, rank=1)}, criterion=nn.MSELoss(), steps=20),

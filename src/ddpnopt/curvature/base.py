@@ -24,7 +24,13 @@ State = dict[str, Any]
 
 
 class Curvature(ABC):
-    """Base of :class:`Identity`, :class:`Adaptive`, :class:`Kronecker` and :class:`EigenKronecker`."""
+    """Base of :class:`Identity`, :class:`Adaptive`, :class:`Kronecker` and :class:`EigenKronecker`.
+
+    Attributes:
+        memory: in the batch form, how many samples ``M`` counts for at least, beside the batch's own.
+    """
+
+    memory: float = 0.0
 
     @abstractmethod
     def ridge(self, lr: float, decay: float, *, batch: bool) -> float:
@@ -59,6 +65,12 @@ def check_damping(name: str, damping: float) -> None:
     """Raise ``ValueError`` unless ``damping`` is a finite number >= 0."""
     if not (isinstance(damping, int | float) and math.isfinite(damping) and damping >= 0):
         raise ValueError(f"{name}: damping must be a finite number >= 0, got {damping!r}")
+
+
+def check_memory(name: str, memory: float) -> None:
+    """Raise ``ValueError`` unless ``memory`` is a finite number >= 0."""
+    if not (isinstance(memory, int | float) and math.isfinite(memory) and memory >= 0):
+        raise ValueError(f"{name}: memory must be a finite number of samples >= 0, got {memory!r}")
 
 
 def check_beta(name: str, beta: float) -> None:

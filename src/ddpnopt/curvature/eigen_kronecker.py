@@ -9,7 +9,7 @@ from .. import linalg
 from ..columns import Columns
 from ..inverse import Inverse, Rotated
 from .adaptive import Adaptive
-from .base import Curvature, State, check_beta, check_damping, check_refresh
+from .base import Curvature, State, check_beta, check_damping, check_memory, check_refresh
 from .factor import averaged
 
 
@@ -26,6 +26,9 @@ class EigenKronecker(Curvature):
             ``coupling="sample"``; default 0.03.
         refresh_every: steps between two computations of the basis; default 10.
         beta: weight of the past in the moving averages; default 0.95.
+        memory: in the batch form, how many samples ``M`` counts for at least, beside the batch's own and if it has seen
+            as many, however large the learning rate: ``R = M (1 / lr + memory / batch) + damping``. It bounds what a
+            single batch can do. Default 1280; 0 leaves ``M / lr``.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -33,17 +36,19 @@ class EigenKronecker(Curvature):
     Example:
         >>> from ddpnopt import EigenKronecker
         >>> EigenKronecker(damping=0.1)
-        EigenKronecker(damping=0.1, refresh_every=10, beta=0.95)
+        EigenKronecker(damping=0.1, refresh_every=10, beta=0.95, memory=1280.0)
     """
 
     damping: float = 0.03
     refresh_every: int = 10
     beta: float = 0.95
+    memory: float = 1280.0
 
     def __post_init__(self) -> None:
         check_damping("EigenKronecker", self.damping)
         check_refresh("EigenKronecker", self.refresh_every)
         check_beta("EigenKronecker", self.beta)
+        check_memory("EigenKronecker", self.memory)
 
     def ridge(self, lr: float, decay: float, *, batch: bool) -> float:
         return lr * (self.damping + decay) if batch else self.damping

@@ -9,7 +9,7 @@ from ..columns import Columns
 from ..inverse import Inverse, Separable
 from . import factor
 from .adaptive import Adaptive
-from .base import Curvature, State, check_beta, check_count, check_damping, check_refresh
+from .base import Curvature, State, check_beta, check_count, check_damping, check_memory, check_refresh
 
 STALE = 1.1
 """Inverses are computed again at once when the ridge has changed by more than this factor since."""
@@ -38,6 +38,9 @@ class Kronecker(Curvature):
             inverses are computed.
         rank: leading directions of a wide factor; default 32. ``None`` keeps every factor whole, which costs several
             times as much on layers of 1,000 units.
+        memory: in the batch form, how many samples ``M`` counts for at least, beside the batch's own and if it has seen
+            as many, however large the learning rate: ``R = M (1 / lr + memory / batch) + damping``. It bounds what a
+            single batch can do. Default 1280; 0 leaves ``M / lr``.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -45,7 +48,7 @@ class Kronecker(Curvature):
     Example:
         >>> from ddpnopt import Kronecker
         >>> Kronecker(refresh_every=5)
-        Kronecker(damping=0.1, refresh_every=5, beta=0.95, average_every=None, rank=32)
+        Kronecker(damping=0.1, refresh_every=5, beta=0.95, average_every=None, rank=32, memory=1280.0)
     """
 
     damping: float = 0.1
@@ -53,11 +56,13 @@ class Kronecker(Curvature):
     beta: float = 0.95
     average_every: int | None = None
     rank: int | None = 32
+    memory: float = 1280.0
 
     def __post_init__(self) -> None:
         check_damping("Kronecker", self.damping)
         check_refresh("Kronecker", self.refresh_every)
         check_beta("Kronecker", self.beta)
+        check_memory("Kronecker", self.memory)
         check_count("Kronecker", "average_every", self.average_every, "steps")
         check_count("Kronecker", "rank", self.rank, "directions")
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
+from ddpnopt.coupling import default_numbers
 from ddpnopt.experiments import data, models
 
 DatasetArgument = Annotated[
@@ -60,8 +61,9 @@ class TrainConfig:
     momentum: float | None = None
     """Momentum, from 0 to below 1. None: 0.9 for sgd, 0.5 for ddpnopt but with coupling sample, else 0."""
 
-    weight_decay: float = 0.0
-    """Weight decay; for ddpnopt the stage cost."""
+    weight_decay: float | None = None
+    """Weight decay; decoupled for ddpnopt but with coupling sample, whose stage cost it is. None: 0.01 where it is
+    decoupled, else 0."""
 
     curvature: CurvatureName = "kronecker"
     """ddpnopt only: the curvature each layer's step is measured in."""
@@ -109,13 +111,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
     source = data.source(name)
     for key in ("optimizer", "curvature", "coupling", "terminal"):
         _check_choice(key, getattr(config, key))
-    own = OPTIMIZERS[config.optimizer]
+    own, numbers = OPTIMIZERS[config.optimizer], _default_numbers(config)
     resolved = replace(
         config,
         dataset=name,
         model=source.model if config.model is None else config.model,
         lr=own.lr if config.lr is None else float(config.lr),
-        momentum=_default_momentum(config, own) if config.momentum is None else float(config.momentum),
+        momentum=numbers["momentum"] if config.momentum is None else float(config.momentum),
+        weight_decay=numbers["weight_decay"] if config.weight_decay is None else float(config.weight_decay),
         batch_size=source.batch_size if config.batch_size is None else config.batch_size,
         epochs=source.epochs if config.epochs is None else config.epochs,
     )
@@ -146,9 +149,10 @@ def from_dict(values: Mapping[str, Any], where: str) -> TrainConfig:
 _DDPNOPT_ONLY = ("curvature", "damping", "coupling", "terminal", "columns", "feedback")
 
 
-def _default_momentum(config: TrainConfig, own: OptimizerDefaults) -> float:
-    published = config.optimizer == "ddpnopt" and config.coupling == "sample"
-    return 0.0 if own.momentum is None or published else own.momentum
+def _default_numbers(config: TrainConfig) -> Mapping[str, float]:
+    if config.optimizer == "ddpnopt":
+        return default_numbers("sample" if config.coupling == "sample" else "batch")
+    return {"momentum": OPTIMIZERS[config.optimizer].momentum or 0.0, "weight_decay": 0.0}
 
 
 def _check_untouched(config: TrainConfig) -> None:

@@ -30,7 +30,7 @@ def build(config: TrainConfig, model: nn.Module, criterion: nn.Module) -> torch.
     """
     if config.optimizer == "ddpnopt":
         return _ddpnopt(config, model, criterion)
-    lr, momentum, decay = _filled(config.lr), _filled(config.momentum), config.weight_decay
+    lr, momentum, decay = _filled(config.lr), _filled(config.momentum), _filled(config.weight_decay)
     match config.optimizer:
         case "sgd":
             return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=decay)
@@ -58,7 +58,7 @@ def _ddpnopt(config: TrainConfig, model: nn.Module, criterion: nn.Module) -> tor
         coupling=ddpnopt.Batch(relinearise=True) if config.coupling == "relinearised" else config.coupling,
         feedback=config.feedback,
         momentum=_filled(config.momentum),
-        weight_decay=config.weight_decay,
+        weight_decay=_filled(config.weight_decay),
     )
 
 

@@ -170,6 +170,7 @@ def dense_step(
     R: Sequence[Tensor],
     decay: Sequence[float] | None = None,
     drift: Sequence[Tensor] | None = None,
+    kept: Sequence[float] | None = None,
     coupling: Literal["batch", "sample"] = "batch",
     feedback: bool = True,
     value_ridge: float = 0.0,
@@ -184,6 +185,8 @@ def dense_step(
     it once, also where the weights do not sum to 1.
     drift: T of [P], momentum. R is centred on u + drift: the joint Q_u gets -R drift. Per-sample policies do
     not see it; it is added to their average.
+    kept: T shares of u that decoupled decay leaves, to which the update is added. No policy sees it but by the states
+    of the rollout.
     value_ridge: eps of the optional Tikhonov V_xx + eps I (Algorithm 3), for each V_xx as it enters a stage.
     second_order: dynamics to second order, V_x . f_ux in Q_ux and V_x . f_xx in Q_xx.
     relinearise: each stage is solved again at the state the rollout meets (coupling "batch" only). A stage's value
@@ -204,15 +207,17 @@ def dense_step(
         raise ValueError(f'relinearise goes with coupling "batch", got {coupling!r}')
     decay = [0.0] * len(functions) if decay is None else decay
     drift = [torch.zeros_like(u) for u in controls] if drift is None else drift
+    kept = [1.0] * len(functions) if kept is None else kept
     B, whole = len(x), coupling == "batch"
     stages = []
-    for f, u, metric, gamma, shift in zip(functions, controls, R, decay, drift, strict=True):
+    for f, u, metric, gamma, shift, share in zip(functions, controls, R, decay, drift, kept, strict=True):
         require_float64(x=x, controls=u, R=metric, drift=shift)
+        once = (share - 1) * u
         if whole:
-            stages.append(Stage(joint(f, B), u, metric, gamma * u - metric @ shift, torch.zeros_like(u)))
+            stages.append(Stage(joint(f, B), u, metric, gamma * u - metric @ shift, once))
         else:
             surplus = (terminal.weight.sum() - 1) * torch.linalg.solve(metric, gamma * u)
-            stages.append(Stage(f, u, metric, gamma * u, shift + surplus))
+            stages.append(Stage(f, u, metric, gamma * u, once + shift + surplus))
     if whole:  # one recursion for both couplings: the joint state is a single sample
         x, terminal = x.reshape(1, -1), terminal.joint()
 

@@ -93,6 +93,7 @@ def _vanilla(setup: Setup, params: Params) -> torch.optim.Optimizer:
         terminal=terminal,
         momentum=0.0,
         weight_decay=setup.weight_decay,
+        decoupled_weight_decay=False,
     )
 
 
@@ -104,6 +105,7 @@ def _batch(setup: Setup, params: Params) -> torch.optim.Optimizer:
         feedback=bool(params.get("feedback", 1.0)),
         momentum=0.0,
         weight_decay=setup.weight_decay,
+        decoupled_weight_decay=False,
     )
 
 

@@ -157,7 +157,8 @@ def _text(found: Sequence[Row]) -> Iterator[str]:
     if found:
         own = [(row, difference(_entry(row, OWN + UNTUNED_MARK), strongest(row, "standard"))) for row in found]
         words = "; ".join(f"{title(row.problem)} {number(points, 1, sign=True)}" for row, points in own)
-        yield f"The batch form untuned, at the library's defaults, against the best tuned standard method: {words}."
+        untuned = "The batch form untuned, at the library's learning rate and damping"
+        yield f"{untuned}, against the best tuned standard method: {words}."
 
 
 def _facts(found: Sequence[Row]) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from ddpnopt.experiments.study.lab import Lab, Params
 from ddpnopt.experiments.study.task import Result, Task
 
 OWN, UNTUNED_MARK = "batch", "-untuned"
-UNTUNED: Params = {"lr": 0.1, "damping": 0.1}  # the library's defaults
+UNTUNED: Params = {"lr": 0.1, "damping": 0.1}  # the library's; momentum and decay are the others'
 _TIE, _WORST_LOSS = 1e-6, 100.0
 
 
@@ -64,7 +64,7 @@ class Entry:
     """One method on one problem.
 
     Attributes:
-        name: key of the method, with ``"-untuned"`` where its hyper-parameters are the library's defaults.
+        name: key of the method, with ``"-untuned"`` where lr and damping are the library's defaults.
         params: hyper-parameters it was run with.
         tuned: the highest validation accuracy of the search, 0 to 1, less 1e-6 of the train loss; None without one.
         tests: test accuracy of each seed, 0 to 1.
