@@ -3,8 +3,8 @@
 Run:  ddpnopt data fetch cifar10
       python examples/resnet.py [--optimizer adamw] [--data digits-images]
 
-What to expect: on DIGITS (``--epochs 4``), after epochs 1 to 4, 95, 82, 98 and 99 % for DDPNOpt, 93, 97, 96 and 98 %
-for AdamW, whose epochs are steadier and faster. BatchNorm mixes the samples of a batch, so that columns are not those
+What to expect: on DIGITS (``--epochs 4``), after epochs 1 to 4, 96, 99, 98 and 99 % for DDPNOpt, 93, 97, 96 and 98 %
+for AdamW, whose epochs are faster. BatchNorm mixes the samples of a batch, so that columns are not those
 of single samples; DDPNOpt's feedback is off while it does.
 """
 

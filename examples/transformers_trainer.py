@@ -2,7 +2,7 @@
 
 Run:  python examples/transformers_trainer.py [--optimizer adamw] [--resume]
 
-What to expect: DDPNOpt at 94 % after five epochs, AdamW at 62 % in about a fifth of the time (its learning rate is the
+What to expect: DDPNOpt at 91 % after five epochs, AdamW at 62 % in about a fifth of the time (its learning rate is the
 best of 3e-4, 1e-3 and 3e-3). The Trainer saves and loads the optimizer; ``--resume`` goes on from the last checkpoint,
 to the last bit. It clips gradients unless told not to; what is cut off as usual changes neither's steps.
 """

@@ -47,6 +47,52 @@ def test_a_schedule_scales_what_the_curvature_counts_for(curvature: Curvature, s
         torch.testing.assert_close(new, wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_every_group_has_its_own_learning_rate_and_batches_may_differ() -> None:
+    """The memory is of samples seen, whatever batches they came in; a step that is left out leaves no trace."""
+    case, curvature, rates = NETWORKS["mlp"](), WITH_MEMORY[1], (0.3, 4.0)
+    optimizer = DDPNOpt(case.model, curvature=curvature, momentum=0.0, weight_decay=0.0, on_nonfinite="skip")
+    (group,) = optimizer.param_groups
+    last = list(case.model[-1].parameters())
+    group |= {"lr": rates[0], "params": [p for p in group["params"] if all(p is not own for own in last)]}
+    optimizer.add_param_group({"params": last, "lr": rates[1]})
+    step(optimizer, case)
+    group["lr"] = 1e6
+    step(optimizer, Case(case.model, case.x * float("nan"), case.y))
+    assert optimizer.diagnostics()["skipped_steps"] == 1
+    group["lr"] = rates[0]
+    few = Case(case.model, case.x[:2], case.y[:2])
+    before, end = controls(optimizer), reference_terminal("gradient", "mlp", few, step=1)
+    functions, _ = reference.stages_of(few.model, few.x)
+    step(optimizer, few)
+
+    seen = (len(case.x) + 2) / 2
+    R = []
+    for block in blocks(optimizer):
+        own = 1 / (1 / rates[block.parameters[0] is last[0]] + seen)
+        inverse = curvature.inverse(optimizer.state[block.parameters[0]], curvature.ridge(own, 0.0, batch=True))
+        R.append(inverse.to_dense(*block.shape) / own)
+    expected = reference.dense_step(functions, before, few.x, end, R=R)
+    for new, wanted in zip(controls(optimizer), expected.controls, strict=True):
+        torch.testing.assert_close(new, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("highest", "lr"), [(10.0, 10.0), (10.0, 2.0), (0.1, 0.1), (0.1, 0.02)])
+def test_decay_follows_the_schedule_of_a_bounded_learning_rate(highest: float, lr: float) -> None:
+    def stepped(decay: float) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(5)
+        case = NETWORKS["mlp"]()
+        optimizer = DDPNOpt(case.model, highest, momentum=0.0, feedback=False, weight_decay=0.0)
+        step(optimizer, case)
+        optimizer.param_groups[0] |= {"lr": lr, "weight_decay": decay}
+        before = torch.nn.utils.parameters_to_vector(case.model.parameters()).detach()
+        step(optimizer, case)
+        return before, torch.nn.utils.parameters_to_vector(case.model.parameters()).detach()
+
+    (before, plain), (_, decayed) = stepped(0.0), stepped(0.4)
+    pull = 0.4 * 0.1 * lr / highest
+    torch.testing.assert_close(decayed - plain, -pull / (1 + pull) * before, rtol=1e-9, atol=1e-12)
+
+
 def moved(steps: int, lr: float, edit: Edit | None = None, **settings: Any) -> list[Tensor]:
     """Weights after some steps, ``edit`` between them."""
     torch.manual_seed(5)

@@ -77,8 +77,9 @@ class DDPNOpt(torch.optim.Optimizer):
         weight_decay: ``gamma`` of the stage cost ``gamma / 2 |u|^2`` per layer, or, decoupled, what it is in
             ``torch.optim.AdamW``. Default: 0.01 in the batch form, 0 in the others.
         decoupled_weight_decay: ``True``: no cost, but each step leaves ``1 / (1 + lr * weight_decay)`` of the weights,
-            and the policy moves these. In the batch form, whose steps are bounded as ``lr`` grows, an ``lr`` above 0.1
-            counts as 0.1 here. ``False``: the stage cost. Default: ``True`` in the batch form, ``False`` in the others.
+            and the policy moves these. In the batch form, whose steps are bounded as ``lr`` grows, a group whose
+            largest ``lr`` is above 0.1 counts it as 0.1 here. ``False``: the stage cost. Default: ``True`` in the batch
+            form, ``False`` in the others.
         stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
             layers inside one move together. Default: every layer is a stage, and its state, all that lives at its
             cut, is found in autograd's graph.
@@ -137,7 +138,7 @@ class DDPNOpt(torch.optim.Optimizer):
         check_stages(coupling, stages)
         given = {"momentum": momentum, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay}
         said = {name: value for name, value in given.items() if value is not None}
-        defaults = {"lr": lr, **default_numbers(coupling), **said}
+        defaults = {"lr": lr, **default_numbers(coupling), **said, PEAK_LR: 0.0}
         check_numbers(defaults)
         wrapper: Any = None
         if isinstance(model_or_params, nn.Module):
@@ -154,7 +155,7 @@ class DDPNOpt(torch.optim.Optimizer):
             check_chain(model_or_params)
         params = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
         super().__init__(params, defaults)
-        self._steps = 0
+        self._steps = self._seen = 0
         self._refused: dict[str, str] = {}
         self._failures = 0
         self._skipped = 0
@@ -320,7 +321,7 @@ class DDPNOpt(torch.optim.Optimizer):
                 task = Task(
                     self._network, self.param_groups, self._group_of, states, self.curvature, self.terminal,
                     self.coupling, self.feedback, self._recorder, passes, {} if empty else gradients, found.graph,
-                    scale or 1.0, shorter, self._steps, accord,
+                    scale or 1.0, shorter, self._steps, self._seen, accord,
                 )  # fmt: skip
                 if scale is None and self._recorder is not None:
                     task = replace(task, loss_scale=found_scale(task))
@@ -331,7 +332,7 @@ class DDPNOpt(torch.optim.Optimizer):
                 transaction.check(outcome.states, states)
                 settle(task, outcome)
                 self._shards.keep()
-        outcome.clip, outcome.cap = clip, cap
+        outcome.clip, outcome.cap, outcome.samples = clip, cap, sum(accord.counts)
         return outcome
 
     @property
@@ -357,9 +358,10 @@ class DDPNOpt(torch.optim.Optimizer):
         for parameter, state in outcome.states.items():
             own = {**state, "parameters": sizes[parameter]}
             self.state[parameter] = self._shards.cut(own)
-        for group in self.param_groups if self.curvature.memory and is_joint(self.coupling) else ():
+        for group in self.param_groups if is_joint(self.coupling) else ():
             group[PEAK_LR] = peak(group)
         self._steps += 1
+        self._seen += outcome.samples
         self._clips.settle(outcome.clip)
         self._cap = outcome.cap
         self._failures += outcome.failures
@@ -403,8 +405,8 @@ class DDPNOpt(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
-        own = {"steps": self._steps, "skipped_steps": self._skipped, "refused": dict(self._refused)}
-        own |= {"usual_clip": self._clips.usual, "cap": self._cap}
+        own = {"steps": self._steps, "samples": self._seen, "skipped_steps": self._skipped}
+        own |= {"refused": dict(self._refused), "usual_clip": self._clips.usual, "cap": self._cap}
         with saving(self, {**own, "curvature": type(self.curvature).__name__}):
             return super().state_dict()
 
@@ -422,23 +424,27 @@ class DDPNOpt(torch.optim.Optimizer):
         mesh = self._shards.mesh if self._shards else None
         with loading(self, type(self.curvature).__name__, blocks, mesh) as loaded:
             super().load_state_dict(state_dict)
-        self._steps, self._skipped = loaded.get("steps", 0), loaded.get("skipped_steps", 0)
+        self._steps, self._seen = loaded.get("steps", 0), loaded.get("samples", 0)
+        self._skipped = loaded.get("skipped_steps", 0)
         self._clips.usual, self._cap = loaded.get("usual_clip", 1.0), loaded.get("cap")
         self._refused = dict(loaded.get("refused", {}))
 
     def __getstate__(self) -> dict[str, Any]:
         options = ["model", "curvature", "terminal", "coupling", "feedback", "stages", "on_nonfinite"]
-        kept = [*options, "_steps", "_failures", "_skipped", "_refused", "_clips", "_cap", "_closed"]
+        kept = [*options, "_steps", "_seen", "_failures", "_skipped", "_refused", "_clips", "_cap", "_closed"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("decoupled_weight_decay", False)  # saved before there was such an option
+            # saved before there were such entries
+            group.setdefault("decoupled_weight_decay", False)
+            group.setdefault(PEAK_LR, 0.0)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
-            # older ones have neither
+            # older ones have none of these
             self.__dict__.setdefault("_cap", None)
+            self.__dict__.setdefault("_seen", 0)
             self._clips = copy.copy(self.__dict__.get("_clips", Clips()))
             self._clips.usual = self.__dict__.pop("_usual_clip", self._clips.usual)
             self._group, self.traffic, self._shards = None, Traffic(), Shards(self.model, every=self._is_base)

@@ -27,10 +27,11 @@ DECAY_LR = 0.1
 
 
 PEAK_LR = "peak_lr"
+"""Where a group keeps the largest learning rate it has had, which a schedule is relative to."""
 
 
 def peak(group: Mapping[str, Any]) -> float:
-    """The largest learning rate that a group has made a step with, this one's included."""
+    """The largest learning rate that a group has had, today's included."""
     return max(float(group["lr"]), float(group.get(PEAK_LR, 0.0)))
 
 
@@ -50,6 +51,7 @@ class Task:
         loss_scale: what the loss had been multiplied by before its backward pass; ``gradients`` are without it.
         clip: what the step is to be multiplied by because gradients were clipped after the backward pass.
         number: of the step, from 0.
+        seen: samples of all steps before.
         accord: with the other ranks; the passes and gradients are those of this rank's samples.
     """
 
@@ -68,6 +70,7 @@ class Task:
     loss_scale: float
     clip: float
     number: int
+    seen: int
     accord: Accord
 
     def linearised(self, terminal: Terminal) -> tuple[list[Linearised], TerminalValue]:
@@ -81,20 +84,19 @@ class Task:
         """Those of a block's group."""
         group = self.groups[self.group_of[block.parameters[0]]]
         lr, gamma, momentum = (float(group[name]) for name in ("lr", "weight_decay", "momentum"))
-        own = lr / (1 + peak(group) * self.memory)
+        joint, highest = is_joint(self.coupling), peak(group)
+        own = lr / (1 + highest * self.past_weight) if joint else lr
         if not group["decoupled_weight_decay"]:
             return Settings(own, gamma, 1.0, momentum)
-        reach = min(lr, DECAY_LR) if is_joint(self.coupling) else lr
+        reach = lr * min(1.0, DECAY_LR / highest) if joint and highest else lr
         return Settings(own, 0.0, 1 / (1 + reach * gamma), momentum)
 
     @property
-    def memory(self) -> float:
-        """What ``M`` weighs at least beside the batch's own curvature."""
+    def past_weight(self) -> float:
+        """What ``M`` weighs at least beside the batch's own curvature, in the joint form."""
         samples = sum(self.accord.counts)
-        if not is_joint(self.coupling) or not samples:
-            return 0.0
-        kept = min(self.curvature.memory, (self.number + 1) * samples)  # no more than it has seen
-        return kept / (samples if self.terminal.reduction == "mean" else 1)
+        remembered = min(self.curvature.memory, self.seen + samples) if samples else 0.0
+        return remembered / (samples if samples and self.terminal.reduction == "mean" else 1)
 
     def own_state(self, block: Block) -> tuple[State, Tensor | None, float | None]:
         """A block's curvature state, its velocity, and the learning rate that this velocity has moved it by."""
@@ -145,6 +147,7 @@ class Outcome:
         failures: factorisations of the value's curvature that had to be tried again.
         clip: what the gradients were multiplied by after the backward pass.
         cap: what was asked of every sample, where the step had to settle it.
+        samples: of the step, on all ranks.
         refused: layers whose rule failed or that were not seen to run, with the reason.
     """
 
@@ -154,4 +157,5 @@ class Outcome:
     failures: int = 0
     clip: float = 1.0
     cap: float | None = None
+    samples: int = 0
     refused: dict[str, str] = field(default_factory=dict)

@@ -18,7 +18,7 @@ class Adaptive(Curvature):
     Args:
         beta: weight of the past in ``v``; default 0.99 (``alpha`` of ``torch.optim.RMSprop``).
         eps: added to the root; default 1e-8.
-        damping: added to ``Q_uu`` in the batch form, ``R = M / lr + (damping + weight_decay) I``; default 0.03.
+        damping: added to ``Q_uu`` in the batch form, ``R = M / lr + (damping + gamma) I``; default 0.03.
             Not used by ``coupling="sample"``, which with ``feedback=False`` is ``torch.optim.RMSprop`` bit for bit.
 
     Raises:

@@ -4,8 +4,8 @@ The curvature ``M`` of a block stands for the part of ``Q_uu`` that the batch do
 proximal term ``R``. The optimizer calls, once per step and block, :meth:`Curvature.advance` (new state from the
 step's columns) and :meth:`Curvature.inverse`. The *ridge* both receive is what is to be added to ``M``:
 
-* ``coupling="batch"``: ``lr * (damping + weight_decay)``, so that ``R = M / lr + damping + weight_decay`` stays
-  bounded below at every learning rate;
+* ``coupling="batch"``: ``lr * (damping + gamma)``, so that ``R = M / lr + damping + gamma`` stays bounded below at
+  every learning rate; ``gamma`` is the stage cost, and ``1 / lr`` counts the memory in;
 * ``coupling="sample"``: ``damping``, as in the optimizers that form adapts, ``R = (M + damping) / lr``.
 """
 

@@ -22,8 +22,8 @@ class EigenKronecker(Curvature):
     :class:`ddpnopt.baselines.EKFAC`.
 
     Args:
-        damping: ``ridge = lr * (damping + weight_decay)`` for the batch form, ``ridge = damping`` for
-            ``coupling="sample"``; default 0.03.
+        damping: ``ridge = lr * (damping + gamma)`` for the batch form, ``gamma`` the stage cost and ``lr`` as
+            ``memory`` leaves it, ``ridge = damping`` for ``coupling="sample"``; default 0.03.
         refresh_every: steps between two computations of the basis; default 10.
         beta: weight of the past in the moving averages; default 0.95.
         memory: in the batch form, how many samples ``M`` counts for at least, beside the batch's own and if it has seen

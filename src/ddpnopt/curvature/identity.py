@@ -15,7 +15,7 @@ class Identity(Curvature):
     """``M = I``, the curvature of SGD (Table 2 of the paper).
 
     Args:
-        damping: added to ``Q_uu`` in the batch form, ``R = (1/lr + damping + weight_decay) I``; default 0.
+        damping: added to ``Q_uu`` in the batch form, ``R = (1/lr + damping + gamma) I``; default 0.
             Not used by ``coupling="sample"``, which with ``feedback=False`` is ``torch.optim.SGD`` bit for bit.
 
     Raises:

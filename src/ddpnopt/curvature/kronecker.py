@@ -28,11 +28,12 @@ class Kronecker(Curvature):
     ``rank`` is kept as its leading directions, and the rest of its trace spread evenly over all others.
 
     Args:
-        damping: ``delta`` in ``l1 l2 = lr * (delta + weight_decay)`` for the batch form, which bounds ``R`` below by
-            ``delta`` at every learning rate; ``l1 l2 = delta`` for ``coupling="sample"``. Default 0.1.
+        damping: ``delta`` in ``l1 l2 = lr * (delta + gamma)`` for the batch form, ``gamma`` the stage cost and ``lr``
+            as ``memory`` leaves it, which bounds ``R`` below by ``delta`` at every learning rate; ``l1 l2 = delta`` for
+            ``coupling="sample"``. Default 0.1.
         refresh_every: steps between two computations of the inverses in the long run; default 10. The interval
             begins at one step and grows by one every ten. They are also computed when the ridge has changed by
-            more than a factor of 1.1 (a scheduler's doing).
+            more than a factor of 1.1 (a scheduler's doing, or that of batches of other sizes).
         beta: weight of the past in the moving averages; default 0.95.
         average_every: steps between two batches that enter the moving averages; default ``None``, as often as the
             inverses are computed.

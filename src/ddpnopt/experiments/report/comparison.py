@@ -115,7 +115,9 @@ def _facts(comparison: Comparison, dataset: Dataset) -> Iterator[tuple[str, str]
         f"{run.epochs} epoch{'s' * (run.epochs != 1)} of batches of {run.batch_size}, for every optimizer",
     )
     sgd = "sgd with momentum 0.9; " * ("sgd" in config.optimizers)
-    yield "settings", f"{sgd}all else each optimizer's own defaults, no weight decay"
+    decay = resolve(run_config(config, "ddpnopt", None, 0)).weight_decay
+    own = f"; weight decay {decay:g} for ddpnopt, none for the others" * ("ddpnopt" in config.optimizers)
+    yield "settings", f"{sgd}all else each optimizer's own defaults{own}"
     yield (
         "software",
         ", ".join(f"{key} {value}" for key, value in environment(1).items() if value is not None),
