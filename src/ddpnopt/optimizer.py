@@ -405,7 +405,7 @@ class DDPNOpt(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
-        own = {"steps": self._steps, "samples": self._seen, "skipped_steps": self._skipped}
+        own: dict[str, Any] = {"steps": self._steps, "samples": self._seen, "skipped_steps": self._skipped}
         own |= {"refused": dict(self._refused), "usual_clip": self._clips.usual, "cap": self._cap}
         with saving(self, {**own, "curvature": type(self.curvature).__name__}):
             return super().state_dict()
