@@ -40,7 +40,7 @@ class Arguments:
     tasks: tuple[str, ...] = ()
     """The suite's, by name. None: of digits, cifar-cnn, cifar-resnet and characters those whose files are at hand."""
 
-    batches: tuple[int, ...] = (4, 8, 16, 32, 64)
+    batches: tuple[int, ...] = (4, 16, 64)
     """Batch sizes."""
 
     memories: tuple[int, ...] = (0, 1280, 5120)
