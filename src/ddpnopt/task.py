@@ -25,7 +25,6 @@ VELOCITY, VELOCITY_LR = "velocity", "velocity_lr"
 DECAY_LR = 0.1
 """Learning rate up to which decoupled decay grows with it in the joint form, whose steps are bounded as it grows."""
 
-
 PEAK_LR = "peak_lr"
 """Where a group keeps the largest learning rate it has had, which a schedule is relative to."""
 
