@@ -204,7 +204,8 @@ feedback is back then.
 ## Training with it
 
 Test accuracy in percent on DIGITS of a dense network with two hidden layers of {HIDDEN}, BatchNorm before each Tanh,
-after {plural(arguments.epochs, "epoch")} of batches of {BATCH}; default settings but for the learning rate.
+after {plural(arguments.epochs, "epoch")} of batches of {BATCH}; default settings but for the learning rate, and without
+momentum and weight decay.
 
 {trainings(arguments)}
 
