@@ -133,6 +133,7 @@ def join() -> Iterator[Team]:
         distributed.init_process_group("gloo")
     yield Team(distributed.get_rank(), distributed.get_world_size())
     if meets:  # after an error the process ends, and the others must not hear of it before it has said why
+        distributed.barrier()  # a rank that left well before another was seen to abort
         distributed.destroy_process_group()
 
 
