@@ -151,7 +151,7 @@ def _dataset(name: str, folder: Path | None) -> Dataset:
 def _written(config: TrainConfig) -> str:
     built = optimizers.build(config, nn.Linear(1, 1), nn.CrossEntropyLoss())
     options = {name: value for name, value in built.defaults.items() if name != "lr" and value}
-    if "weight_decay" not in options:
+    if "weight_decay" not in options:  # of which kind none is makes no other run
         options.pop("decoupled_weight_decay", None)
     if isinstance(built, ddpnopt.DDPNOpt):
         options = {"coupling": built.coupling, "feedback": built.feedback} | options

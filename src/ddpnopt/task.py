@@ -84,6 +84,7 @@ class Task:
         group = self.groups[self.group_of[block.parameters[0]]]
         lr, gamma, momentum = (float(group[name]) for name in ("lr", "weight_decay", "momentum"))
         joint, highest = is_joint(self.coupling), peak(group)
+        # relative to the highest, or a schedule could not still the steps once the memory outweighs 1 / lr
         own = lr / (1 + highest * self.past_weight) if joint else lr
         if not group["decoupled_weight_decay"]:
             return Settings(own, gamma, 1.0, momentum)
@@ -92,7 +93,7 @@ class Task:
 
     @property
     def past_weight(self) -> float:
-        """What ``M`` weighs at least beside the batch's own curvature, in the joint form."""
+        """What ``M`` weighs at least beside the batch: remembered samples, over the batch's for a mean loss."""
         samples = sum(self.accord.counts)
         remembered = min(self.curvature.memory, self.seen + samples) if samples else 0.0
         return remembered / (samples if samples and self.terminal.reduction == "mean" else 1)
