@@ -11,7 +11,8 @@ from ddpnopt import DDPNOpt, Exact, Gradient, Matched, Sampled, reference
 from ddpnopt.curvature.base import Curvature
 from ddpnopt.layers import Block
 from ddpnopt.linearise import inner_products
-from ddpnopt.terminal import OutputLoss, Terminal
+from ddpnopt.output_loss import OutputLoss
+from ddpnopt.terminal import Terminal
 
 Coupling = Literal["batch", "sample"]
 LR = 0.3

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from ddpnopt import Exact, Matched, Sampled
-from ddpnopt.terminal import OutputLoss
+from ddpnopt import output_loss as output_loss_module
+from ddpnopt.output_loss import OutputLoss
 
 
 def output_loss(criterion: nn.Module, output: Tensor, target: Tensor) -> OutputLoss:
@@ -34,10 +35,91 @@ def test_exact_over_positions() -> None:
     torch.testing.assert_close(torch.einsum("rbi,rbj->bij", Z, Z), H.reshape(2, 12, 12) / 4)
 
 
-def test_sampled_has_the_hessian_for_its_mean() -> None:
-    output, target = torch.randn(3, 4), torch.randint(4, (3,))
+class Coupled(nn.Module):
+    """Cross-entropy, and a little that couples a sample's positions."""
+
+    reduction = "mean"
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        extra = (output.flatten(1).sum(1) / 10).square().mean()
+        return nn.functional.cross_entropy(output, target) + self.share * extra
+
+
+def whole_hessian(criterion: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+    """Of each sample's own loss, ``[B, d, d]``, by plain differentiation."""
+    batch = len(output)
+    weight = 1 / batch if criterion.reduction == "mean" else 1.0
+    H = torch.autograd.functional.hessian(lambda y: criterion(y.view(output.shape), target), output.detach().flatten())
+    assert isinstance(H, Tensor)
+    blocks = H.view(batch, output.numel() // batch, batch, -1)
+    return torch.stack([blocks[b, :, b] for b in range(batch)]) / weight
+
+
+TOKENS = torch.tensor([[0, 2, 1], [2, 2, -100], [1, -100, 0], [0, 0, 3]])
+
+RECOGNISED = {
+    "squared error": (nn.MSELoss(), (4, 5, 2), torch.linspace(-1, 1, 40).view(4, 5, 2)),
+    "squared error, summed": (nn.MSELoss(reduction="sum"), (4, 3), torch.linspace(-1, 1, 12).view(4, 3)),
+    "several labels": (nn.BCEWithLogitsLoss(), (4, 3), torch.tensor([[0.0, 1.0, 1.0]]).expand(4, 3)),
+    "robust": (nn.HuberLoss(delta=0.5), (4, 3), torch.linspace(-1, 1, 12).view(4, 3)),
+    "no curvature": (nn.L1Loss(), (4, 3), torch.linspace(-1, 1, 12).view(4, 3)),
+    "classes": (nn.CrossEntropyLoss(reduction="sum"), (4, 6), TOKENS[:, 0]),
+    "classes of positions": (nn.CrossEntropyLoss(), (4, 6, 3), TOKENS),
+    "masked, weighted and smoothed": (
+        nn.CrossEntropyLoss(torch.linspace(0.5, 2, 6, dtype=torch.float64), label_smoothing=0.1),
+        (4, 6, 3),
+        TOKENS,
+    ),
+    "tokens side by side": (nn.CrossEntropyLoss(), (12, 6), TOKENS.flatten()),
+}
+
+
+@pytest.mark.parametrize("case", RECOGNISED)
+def test_common_losses_need_no_backward_pass_for_every_output(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion, shape, target = RECOGNISED[case]
+    output = 2 * torch.randn(shape)
+    output[0] *= 1e4  # a sample of whose classes the model is sure has no curvature to find a weight by
+    target = target.to(output) if target.is_floating_point() else target
+    monkeypatch.setattr("ddpnopt.output_loss._full", lambda *_: pytest.fail("formed the whole Hessian"))
+    Z = Exact(criterion).factor(output_loss(criterion, output, target), 0)
+    torch.testing.assert_close(torch.einsum("rbi,rbj->bij", Z, Z), whole_hessian(criterion, output, target))
+
+
+@pytest.mark.parametrize(("share", "whole"), [(0.0, False), (1e-6, True), (0.5, True)])
+def test_a_form_that_is_not_the_losss_own_is_not_taken(
+    share: float, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formed = []
+    full = output_loss_module._full
+    monkeypatch.setattr(output_loss_module, "_full", lambda *args: (formed.append(1), full(*args))[1])
+    criterion, output = Coupled(share), torch.randn(4, 6, 3)
+    target = torch.randint(6, (4, 3))
+    Z = Exact(criterion).factor(output_loss(criterion, output, target), 0)
+    torch.testing.assert_close(torch.einsum("rbi,rbj->bij", Z, Z), whole_hessian(criterion, output, target))
+    assert bool(formed) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_forms_are_known_in_other_types(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpnopt.output_loss._full", lambda *_: pytest.fail("formed the whole Hessian"))
+    criterion, output = nn.CrossEntropyLoss(), torch.randn(16, 50, 8)
+    target = torch.randint(50, (16, 8))
+    exact = Exact(criterion).factor(output_loss(criterion, output, target), 0)
+    found = Exact(criterion).factor(output_loss(criterion, output.detach().to(dtype), target), 0)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("shape", "target"), [((3, 4), torch.tensor([0, 3, 1])), ((2, 3, 2), torch.tensor([[0, 2]] * 2))]
+)
+def test_sampled_has_the_hessian_for_its_mean(shape: tuple[int, ...], target: Tensor) -> None:
     criterion = nn.CrossEntropyLoss()
-    loss = output_loss(criterion, output, target)
+    loss = output_loss(criterion, torch.randn(shape), target)
     Z = Exact(criterion).factor(loss, 0)
     H = torch.einsum("rbi,rbj->bij", Z, Z)
     sampled = Sampled(criterion, columns=50)

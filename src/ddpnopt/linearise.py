@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .columns import CHUNK
 from .errors import StepError
 from .finite import all_finite
+from .output_loss import OutputLoss
 from .passes import Pass, fronted, signed_sum, wide
-from .terminal import Factored, Gradient, OutputLoss, RankOne, Terminal
+from .terminal import Factored, Gradient, RankOne, Terminal
 from .trajectory import Recorder
 
 

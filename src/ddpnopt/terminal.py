@@ -13,37 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import NonFiniteError
+from .output_loss import OutputLoss, hessian_root
+from .passes import wide
 
 Reduction = Literal["mean", "sum"]
 Cap = float | Literal["auto"]
 """A decrease of the loss; ``"auto"``: by the loss's units, see :mod:`ddpnopt.units`."""
-
-
-@dataclass(frozen=True)
-class OutputLoss:
-    """The loss as a function of the output, with its graph: ``loss`` (a number) of ``output [B, ...]``.
-
-    ``weight``: ``w``, what the batch's loss multiplies each sample's own loss by.
-    """
-
-    loss: Tensor
-    output: Tensor
-    weight: float
-    batch: int
-
-    def gradient(self) -> Tensor:
-        """``w g``, ``[B, d]``, differentiable once more."""
-        (gradient,) = torch.autograd.grad(self.loss, self.output, create_graph=True)
-        return gradient.reshape(self.batch, -1)
-
-    def derivative(self, value: Tensor) -> Tensor:
-        """``d value / d output`` as ``[B, d]``; zeros where it does not depend on it."""
-        if not value.requires_grad:
-            return value.new_zeros(self.batch, self.output.numel() // self.batch)
-        (derivative,) = torch.autograd.grad(value, self.output, retain_graph=True, allow_unused=True)
-        zeros = torch.zeros_like(self.output)
-        return (zeros if derivative is None else derivative).reshape(self.batch, -1)
 
 
 class Terminal(ABC):
@@ -199,7 +174,9 @@ class Exact(Factored):
         return True
 
     def factor(self, loss: OutputLoss, step: int, before: int = 0) -> Tensor:
-        return _hessian_factor(loss).permute(2, 0, 1)
+        d = loss.output.numel() // loss.batch
+        every = wide(torch.eye(d).to(loss.output)).expand(loss.batch, d, d)
+        return hessian_root(loss)(every).to(loss.output.dtype).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -242,25 +219,11 @@ class Sampled(Factored):
         return True
 
     def factor(self, loss: OutputLoss, step: int, before: int = 0) -> Tensor:
-        factor = _hessian_factor(loss)
+        d = loss.output.numel() // loss.batch
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        batch, d = factor.shape[::2]
-        signs = torch.randint(0, 2, (before + batch, d, self.columns), generator=generator)[before:] * 2 - 1
-        signs = signs.to(factor) / math.sqrt(self.columns)
-        return (factor @ signs).permute(2, 0, 1)
-
-
-def _hessian_factor(loss: OutputLoss) -> Tensor:
-    """``Z [B, d, d]`` with ``Z Z' = H``, negative eigenvalues of ``H`` clipped to zero."""
-    gradient = loss.gradient()
-    rows = [loss.derivative(entry.sum()) for entry in gradient.unbind(1)]
-    hessian = torch.stack(rows, 1) / loss.weight
-    if not bool(torch.isfinite(hessian).all()):
-        raise NonFiniteError("the loss's curvature at the model's output is not finite")
-    # near a confident output many eigenvalues all but coincide at zero, where single precision may not converge
-    values, vectors = torch.linalg.eigh(((hessian + hessian.mT) / 2).double())
-    factor: Tensor = vectors * values.clamp_min(0).sqrt()[:, None, :]
-    return factor.to(hessian.dtype)
+        signs = torch.randint(0, 2, (before + loss.batch, d, self.columns), generator=generator)[before:] * 2 - 1
+        noise = wide(signs.to(loss.output)) / math.sqrt(self.columns)
+        return hessian_root(loss)(noise).to(loss.output.dtype).permute(2, 0, 1)
 
 
 def _number(cap: Cap) -> float:
