@@ -20,7 +20,7 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the pages of docs/results but the paper's, conformance, suite, network and two_machines (one to two hours; resumable)
+bench: $(READY)  ## the pages of docs/results but the paper's, conformance, suite, sequences, network and two_machines (one to two hours; resumable)
 	$(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/convnet.py
 	$(BIN)/python benchmarks/relinearise.py

@@ -7,28 +7,21 @@ all of them. Each finished run is one line in docs/results/records/batch_size.js
 was stopped, and at the end writes docs/results/batch_size.md.
 """
 
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import _records as records
 import tyro
+from _kinds import BUDGET, Kind, Scores, carried_out
 from _markdown import command, duration, plural, table
-from _progress import Bar
-from _runner import INTERRUPTED
-from _suite.carrying import Recorder, StoppedError
 from _suite.registration import Registration, Task, read
 from _suite.running import Run
 from _suite.tasks import load
 from _training import RESULTS
 
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
-from ddpnopt.experiments.interrupt import StopRequest
 
-BUDGET = "quick"
 DEFAULT_LR = 0.1
 TASKS = ("digits", "cifar-cnn", "cifar-resnet", "characters")
 
@@ -75,23 +68,14 @@ def main(words: Sequence[str] | None = None) -> int:
     if not arguments.tasks:
         here = tuple(name for name in TASKS if _at_hand(registration.tasks[name], arguments.data))
         arguments = replace(arguments, tasks=here)
-    path = arguments.out / "records" / "batch_size.jsonl"
-    try:
-        wanted = [run for name in arguments.tasks for run in runs(arguments, registration, name)]
-        with StopRequest() as stop, Bar("batch sizes", len(wanted)) as bar:
-            recorder = Recorder(path, registration.digest, arguments.data, stop, bar.advance)
-            for run in wanted:
-                recorder(run)
-    except StoppedError:
-        print("stopped; the same command goes on where this one stopped", file=sys.stderr)
-        return INTERRUPTED + (stop.signal or 0)
-    except ValueError as error:
-        print(f"batch_size: {error}", file=sys.stderr)
-        return 2
-    found = arguments.out / "batch_size.md"
-    write_atomic(found, page(arguments, registration, records.read(path)).encode())
-    print(found)
-    return 0
+    return carried_out(
+        "batch_size",
+        lambda: [run for name in arguments.tasks for run in runs(arguments, registration, name)],
+        lambda scores: page(arguments, registration, scores),
+        registration,
+        arguments.data,
+        arguments.out,
+    )
 
 
 def runs(arguments: Arguments, registration: Registration, name: str) -> list[Run]:
@@ -101,7 +85,7 @@ def runs(arguments: Arguments, registration: Registration, name: str) -> list[Ru
         run
         for batch in arguments.batches
         for kind in (*own_kinds(arguments).values(), *rivals(arguments))
-        for run in repeated(arguments, registration, name, batch, kind)
+        for run in kind.runs(registration, sized(arguments, registration.tasks[name], batch), arguments.seeds)
     ]
 
 
@@ -112,15 +96,6 @@ def _at_hand(task: Task, folder: Path | None) -> bool:
         print(f"left out: {task.name}: {error}", file=sys.stderr)
         return False
     return True
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Runs that differ in their seed alone."""
-
-    method: str
-    lr: float
-    options: Mapping[str, float]
 
 
 def own_kinds(arguments: Arguments) -> dict[str, Kind]:
@@ -136,27 +111,18 @@ def rivals(arguments: Arguments) -> list[Kind]:
     return [Kind("adamw", lr, {}) for lr in arguments.rival_lrs]
 
 
-def repeated(arguments: Arguments, registration: Registration, name: str, batch: int, kind: Kind) -> list[Run]:
-    """The runs of one kind, by seed."""
-    task, method = registration.tasks[name], registration.methods[kind.method]
-    size = replace(task.sizes[BUDGET], batch=batch, steps=arguments.steps)
-    sized = replace(task, sizes={BUDGET: size})
-    options = method.options(**kind.options)
-    return [Run(sized, BUDGET, method, kind.lr, options, seed) for seed in range(arguments.seeds)]
+def sized(arguments: Arguments, task: Task, batch: int) -> Task:
+    """The task with another batch size, and as many steps as asked for."""
+    return replace(task, sizes={BUDGET: replace(task.sizes[BUDGET], batch=batch, steps=arguments.steps)})
 
 
-def page(arguments: Arguments, registration: Registration, known: records.Records) -> str:
+def page(arguments: Arguments, registration: Registration, scores: Scores) -> str:
     """Lay the figures out."""
-    seconds: dict[str, float] = {}
     kinds = own_kinds(arguments)
 
     def score(name: str, batch: int, kind: Kind) -> float:
-        """Mean over seeds; minus infinity if one diverged."""
-        keys = [records.key(run.settings()) for run in repeated(arguments, registration, name, batch, kind)]
-        found = [known[key] for key in keys]
-        seconds.update((key, one["wall"]) for key, one in zip(keys, found, strict=True))
-        last = [-math.inf if one["diverged"] else one["validation"][-1] for one in found]
-        return sum(last) / len(last)
+        task = sized(arguments, registration.tasks[name], batch)
+        return scores(kind.runs(registration, task, arguments.seeds))
 
     sections = []
     gaps: list[list[float]] = [[] for _ in kinds]
@@ -180,7 +146,7 @@ def page(arguments: Arguments, registration: Registration, known: records.Record
     tables = "\n".join(sections)
     options: tuple[str, ...] = ("batches", "memories", "lrs", "rival_lrs", "steps", "seeds")
     options = options if arguments.tasks == TASKS else ("tasks", *options)
-    computing = duration(sum(seconds.values()))
+    computing = duration(scores.seconds)
     return f"""# Memory and batch size
 
 The batch's own curvature stands against the averaged one's, `M (1 / lr + memory / batch)`, which counts for the last

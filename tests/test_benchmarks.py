@@ -150,3 +150,35 @@ def test_batch_sizes_are_compared_at_several_memories(
     assert records.read_bytes() == first
     assert main(["--tasks", "nowhere"]) == 2
     assert "no task 'nowhere'; choose of: digits, " in capsys.readouterr().err
+
+
+def test_sequences_are_compared_at_several_lengths(
+    imported: Callable[[str], Main], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shakespeare.txt").write_text("to be or not to be, that is it\n" * 1500)
+    words = ["--lengths", "2", "4", "--steps", "3", "--rival-lrs", "0.01", "0.1", "--seeds", "2"]
+    words += ["--data", str(tmp_path), "--out", str(tmp_path)]
+    main = imported("sequences")
+    assert main(words) == 0
+    records, page = tmp_path / "records" / "sequences.jsonl", (tmp_path / "sequences.md").read_text()
+    runs = [json.loads(line) for line in records.read_text().splitlines()]
+    assert len(runs) == 2 * 2 * (4 + 2 + 2)
+    at_4 = [run for run in runs if run["settings"]["task"] == "characters-4"]
+    sampled = [run for run in at_4 if {"terminal", "damping"} <= run["settings"]["options"].keys()]
+    assert [run["settings"]["seed"] for run in sampled] == [0, 1]
+    score = sum(run["result"]["validation"][-1] for run in sampled) / 2
+    assert re.search(rf"\| 4, 3 \|( [*0-9.-]+ \|){{3}} (\*\*)?{score:.1f}", page)
+    adam = [run for run in at_4 if run["settings"]["method"] == "adamw"]
+    best = max(
+        sum(run["result"]["validation"][-1] for run in adam if run["settings"]["lr"] == lr) / 2 for lr in (0.01, 0.1)
+    )
+    assert f"| {best:.1f} (" in page.split("\n| 4, 3 |")[1].split("\n")[0]
+
+    first = records.read_bytes()
+    assert main(words) == 0
+    assert records.read_bytes() == first
+    capsys.readouterr()
+    assert main([*words[:-4], "--lengths", "0", *words[-4:]]) == 2
+    assert "must be at least 1" in capsys.readouterr().err
+    assert main([*words[:-4], "--lengths", "400", *words[-4:]]) == 2
+    assert "the train part has" in capsys.readouterr().err

@@ -80,14 +80,25 @@ def test_profiles_count_within_a_factor_of_the_best_and_never_a_miss() -> None:
 
 
 def test_sensitivity_is_the_contiguous_range_about_the_best() -> None:
-    last = {1e-4: 95.0, 1e-3: 94.6, 1e-2: 90.0, 0.1: 94.1, 1.0: 95.0, 10.0: 94.0, 100.0: 15.0}
-    runs = {rate: ended(0, score) for rate, score in last.items()}
-    found = scoring.sensitivity(runs, 20, 1, 1e-3, 1e2)
+    last = {1e-3: 94.6, 1e-2: 90.0, 0.1: 94.1, 1.0: 95.0, 10.0: 94.0, 100.0: 15.0}
+    runs = {rate: [ended(0, score)] for rate, score in last.items()}
+    found = scoring.sensitivity(runs, 20, 1)
     assert (found.low, found.high, found.decades) == (0.1, 10, 2.0)
     assert (found.diverged, found.collapsed, found.runs) == (0, 1, 6)
-    runs[10.0] = ended(99, diverged="loss not finite")
-    found = scoring.sensitivity(runs, 20, 1, 1e-3, 1e2)
+    runs[10.0] = [ended(99, diverged="loss not finite")]
+    found = scoring.sensitivity(runs, 20, 1)
     assert (found.high, found.diverged, found.collapsed) == (1, 1, 1)
+
+
+def test_sensitivity_compares_means_over_seeds_and_counts_runs() -> None:
+    runs = {
+        0.1: [ended(0, 90), ended(0, 94)],  # 92, whose first seed alone is 3 below that of the rate above
+        1.0: [ended(0, 93), ended(0, 92.8)],
+        10.0: [ended(0, 99), ended(0, 10), ended(0, diverged="loss not finite")],
+    }
+    found = scoring.sensitivity(runs, 20, 1)
+    assert (found.low, found.high) == (0.1, 1)
+    assert (found.diverged, found.collapsed, found.runs) == (1, 1, 7)
 
 
 def test_holm_as_in_his_worked_steps() -> None:
@@ -164,7 +175,7 @@ def toy(folder: Path) -> list[str]:
     """A study of one small task and three methods; words of its command."""
     whole = REGISTRATION.read_text()
     head = whole[: whole.index("[tasks.digits]")].replace("rates = [1e-4, 1e-3, 1e-2, 1e-1,", "rates = [")
-    head = head.replace("timing_steps = 20", "timing_steps = 2")
+    head = head.replace("timing_steps = 20", "timing_steps = 2").replace("{ quick = 5, full = 1 }", "{ quick = 2 }")
     task = """[tasks.digits]
 title = "Toy"
 data = "digits"
@@ -187,7 +198,10 @@ def test_a_toy_study_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     lines = [json.loads(line) for line in first.splitlines()]
     tuned = [line for line in lines if line["settings"].get("seed") == 1000]
     assert len(tuned) == 2 * 9
-    assert len(lines) == len(tuned) + 3 * 2 + 2 + 1  # confirmations, the ablation's other variant, times and memory
+    sensitivity = [line for line in lines if line["settings"].get("seed") == 1001]
+    assert len(sensitivity) == 2 * 3
+    # the rest: confirmations, the ablation's other variant, times and memory
+    assert len(lines) == len(tuned) + len(sensitivity) + 3 * 2 + 2 + 1
     assert read(tmp_path / "toy.toml").digest in page
     assert "| DDPNOpt, tuned | " in page
     assert "| stage-wise | " in page

@@ -1,5 +1,7 @@
 """Terminals: columns at the output against closed forms and expectations."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,14 +95,13 @@ def test_common_losses_need_no_backward_pass_for_every_output(case: str, monkeyp
 def test_a_form_that_is_not_the_losss_own_is_not_taken(
     share: float, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    formed = []
-    full = output_loss_module._full
-    monkeypatch.setattr(output_loss_module, "_full", lambda *args: (formed.append(1), full(*args))[1])
+    formed = Mock(wraps=output_loss_module._full)
+    monkeypatch.setattr(output_loss_module, "_full", formed)
     criterion, output = Coupled(share), torch.randn(4, 6, 3)
     target = torch.randint(6, (4, 3))
     Z = Exact(criterion).factor(output_loss(criterion, output, target), 0)
     torch.testing.assert_close(torch.einsum("rbi,rbj->bij", Z, Z), whole_hessian(criterion, output, target))
-    assert bool(formed) == whole
+    assert formed.called == whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -12,6 +12,8 @@ from .registration import Method, Registration, Task
 from .running import Run, train
 from .tuning import Result, best, count, search
 
+SENSITIVE_FROM, SENSITIVE_TO = 1e-3, 1e2
+
 
 class StoppedError(Exception):
     """A signal asked to stop; all finished runs are on record."""
@@ -44,8 +46,17 @@ class Plan:
     def count(self) -> int:
         """Number of its runs, the ablation's included."""
         rates, seeds = self.registration.protocol["rates"], self.task.sizes[self.budget].seeds
-        tuned = sum(count(method, rates) for method in self.methods if method.lr is None)
+        tuned = sum(
+            count(method, rates) + len(self.sensitivity(method)) for method in self.methods if method.lr is None
+        )
         return tuned + seeds * len(self.methods) + len(self.ablations())
+
+    def sensitivity(self, method: Method) -> list[Run]:
+        """The runs that a tuned method's sensitivity to its learning rate is read off; the first seed's are trials."""
+        protocol = self.registration.protocol
+        first, seeds = protocol["tuning_seed"], protocol["sensitivity_seeds"][self.budget]
+        rates = [rate for rate in protocol["rates"] if SENSITIVE_FROM <= rate <= SENSITIVE_TO]
+        return [self.run(method, rate, method.options(), first + i) for i in range(seeds) for rate in rates]
 
     def ablations(self) -> list[tuple[str, Run]]:
         """The ablation's runs, by variant."""
@@ -70,12 +81,17 @@ class Plan:
 
 
 def carry_out(plan: Plan, do: Callable[[Run], Result]) -> None:
-    """Tune and confirm every method of a plan, then the ablation; ``do`` carries a run out, or finds it on record."""
+    """Tune and confirm every method of a plan and measure its sensitivity, then the ablation.
+
+    ``do`` carries a run out, or finds it on record.
+    """
     seeds = range(plan.task.sizes[plan.budget].seeds)
     for method in plan.methods:
         lr, options = chosen(plan, method, do)
         for seed in seeds:
             do(plan.run(method, lr, options, seed))
+        for run in plan.sensitivity(method) if method.lr is None else ():
+            do(run)
     for _, run in plan.ablations():
         do(run)
 

@@ -13,7 +13,7 @@ from _conformance.methods import GradientMaker, GradientsAndClosure, Plain, Trai
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddpnopt import DDPNOpt, Gradient, Kronecker, Matched
+from ddpnopt import DDPNOpt, Gradient, Kronecker, Matched, Sampled
 from ddpnopt.baselines import EKFAC
 from ddpnopt.coupling import default_numbers
 from ddpnopt.units import settled
@@ -105,9 +105,15 @@ def _ddpnopt(
     damping: float = Kronecker.damping,
     memory: float = Kronecker.memory,
     terminal: str = "gradient",
+    columns: int = 2,
+    cap: float = 1.0,
     **options: Any,
 ) -> Trainer:
-    endings: dict[str, Gradient | Matched] = {"gradient": Gradient(), "matched": Matched(place.criterion)}
+    endings: dict[str, Gradient | Matched | Sampled] = {
+        "gradient": Gradient(),
+        "matched": Matched(place.criterion),
+        "sampled": Sampled(place.criterion, columns, cap=cap),
+    }
     curvature = Kronecker(damping=damping, memory=memory)
     return LossOnly(
         place.model, (DDPNOpt(place.model, place.lr, curvature=curvature, terminal=endings[terminal], **options),)
@@ -184,6 +190,7 @@ BUILDERS: dict[str, Callable[..., Trainer]] = {
     "ddpnopt-default": _ddpnopt,
     "ddpnopt": _ddpnopt,
     "ddpnopt-stagewise": _ddpnopt,
+    "ddpnopt-sampled": _ddpnopt,
     "sgd": _sgd,
     "adamw": _adamw,
     "muon": _muon,

@@ -34,7 +34,7 @@ def page(registration: Registration, outcomes: Sequence[Outcome], budget: str, p
             _first(registration, complete),
             _overview(complete, budget),
             _methods(registration, outcomes),
-            _sensitivity(registration, outcomes),
+            _sensitivity(registration, outcomes, budget),
             _ablation(registration, outcomes),
             *(_task(registration, outcome, budget, complete) for outcome in outcomes),
             _end(registration, outcomes, python),
@@ -145,7 +145,7 @@ def _pair(outcome: Outcome, method: str) -> str:
     return f"{_factor(final_ratio(outcome, method))} / {_factor(time_ratio(outcome, method))}"
 
 
-def _sensitivity(registration: Registration, outcomes: Sequence[Outcome]) -> str:
+def _sensitivity(registration: Registration, outcomes: Sequence[Outcome], budget: str) -> str:
     tuned = [method for method in registration.methods.values() if method.lr is None]
     rows = []
     for method in tuned:
@@ -161,10 +161,11 @@ def _sensitivity(registration: Registration, outcomes: Sequence[Outcome]) -> str
                 ]
             )
     header = ["decades", *(o.task.name for o in outcomes), "diverged", "collapsed"]
+    seeds = plural(registration.protocol["sensitivity_seeds"][budget], "seed")
     return f"""## Learning rates
 
-Decades of learning rate, of those from 0.001 to 100 in steps of one decade, over which the last validation score stays
-within {registration.claims["points"]:g} point of the method's own best (0: only one rate does; one seed).
+Decades of learning rate, of those from 0.001 to 100 in steps of one decade, over which the last validation score, mean
+over {seeds}, stays within {registration.claims["points"]:g} point of the method's own best (0: only one rate does).
 
 {table(header, rows)}
 """

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, median_low
+from statistics import mean, median, median_low
 
 from .tuning import Result, value
 
@@ -86,25 +86,26 @@ class Sensitivity:
         return math.log10(self.high / self.low)
 
 
-def sensitivity(runs: Mapping[float, Result], floor: float, points: float, low: float, high: float) -> Sensitivity:
-    """Figures over the learning rates from ``low`` to ``high``.
+def sensitivity(runs: Mapping[float, Sequence[Result]], floor: float, points: float) -> Sensitivity:
+    """Figures over learning rates.
 
     Args:
-        runs: one for each learning rate.
+        runs: by learning rate, one for each seed.
         floor: last score below which a run has collapsed.
-        points: how far below the best last score a learning rate still counts as good.
+        points: how far below the best mean of the last scores a learning rate's still counts as good.
     """
-    rates = sorted(rate for rate in runs if low <= rate <= high)
-    last = [-math.inf if runs[rate]["diverged"] else runs[rate]["validation"][-1] for rate in rates]
-    top = max(range(len(rates)), key=last.__getitem__)
+    rates = sorted(runs)
+    last = [[-math.inf if run["diverged"] else run["validation"][-1] for run in runs[rate]] for rate in rates]
+    means = [mean(scores) for scores in last]
+    top = max(range(len(rates)), key=means.__getitem__)
     first = final = top
-    while first > 0 and last[first - 1] >= last[top] - points:
+    while first > 0 and means[first - 1] >= means[top] - points:
         first -= 1
-    while final < len(rates) - 1 and last[final + 1] >= last[top] - points:
+    while final < len(rates) - 1 and means[final + 1] >= means[top] - points:
         final += 1
-    diverged = sum(bool(runs[rate]["diverged"]) for rate in rates)
-    collapsed = sum(-math.inf < score < floor for score in last)
-    return Sensitivity(rates[first], rates[final], diverged, collapsed, len(rates))
+    scores = [score for by_seed in last for score in by_seed]
+    diverged, collapsed = scores.count(-math.inf), sum(-math.inf < score < floor for score in scores)
+    return Sensitivity(rates[first], rates[final], diverged, collapsed, len(scores))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

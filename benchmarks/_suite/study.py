@@ -17,8 +17,6 @@ from .running import marks
 from .scoring import Sensitivity, Targets, median_steps, sensitivity, targets
 from .tuning import Result
 
-SENSITIVE_FROM, SENSITIVE_TO = 1e-3, 1e2
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -122,13 +120,17 @@ def outcome(registration: Registration, task: Task, budget: str, path: Path) -> 
     known = {key: result for key, result in records.read(path).items() if json.loads(key)["budget"] == budget}
     methods = registration.methods_of(task.name)
     plan, find = Plan(registration, task, budget, methods), on_record(known)
-    confirmed: dict[str, tuple[float, Options, tuple[Result, ...], Sequence[Any]]] = {}
+    confirmed: dict[str, tuple[float, Options, tuple[Result, ...], Sequence[Any], Mapping[float, Any]]] = {}
     for method in methods:
         try:
             lr, options = chosen(plan, method, find)
             seeds = range(task.sizes[budget].seeds)
             runs = tuple(find(plan.run(method, lr, options, seed)) for seed in seeds)
-            confirmed[method.name] = lr, options, runs, () if method.lr is not None else trials(plan, method, find)
+            tuned = () if method.lr is not None else trials(plan, method, find)
+            grid: dict[float, tuple[Result, ...]] = {}
+            for run in plan.sensitivity(method) if tuned else ():
+                grid[run.lr] = (*grid.get(run.lr, ()), find(run))
+            confirmed[method.name] = lr, options, runs, tuned, grid
         except MissingError:
             continue
     if registration.reference not in confirmed:
@@ -140,10 +142,8 @@ def outcome(registration: Registration, task: Task, budget: str, path: Path) -> 
     measured = _measured(known)
 
     def entry(method: Method) -> Entry:
-        lr, options, runs, tried = confirmed[method.name]
-        grid = {t.lr: t.result for t in tried[: len(registration.protocol["rates"])]}
-        points = registration.claims["points"]
-        sensitive = sensitivity(grid, floor(task), points, SENSITIVE_FROM, SENSITIVE_TO) if grid else None
+        lr, options, runs, tried, grid = confirmed[method.name]
+        sensitive = sensitivity(grid, floor(task), registration.claims["points"]) if grid else None
         said = {r["diverged"]: None for r in (*(t.result for t in tried), *runs) if r["diverged"]}
         return Entry(
             method,

@@ -15,7 +15,7 @@ from ddpnopt.experiments import data
 from .networks import NETWORKS
 from .registration import Size, Task
 
-CONTEXT = 32  # letters that the transformer sees
+LETTERS = 32  # that the transformer sees, where the name of its data says nothing else
 NOISE = 1.0  # of Friedman's set, the usual one
 EVALUATED_AT_ONCE = 1000
 SQUARED = {"mnist-itself", "friedman"}  # data whose loss is a squared error; others' is a cross-entropy
@@ -51,7 +51,8 @@ class Samples:
 @lru_cache(maxsize=2)
 def load(source: str, size: Size, folder: Path | None = None) -> Samples:
     """Load a task's samples, by the name of its data; ValueError where the files are not at hand."""
-    return _READERS.get(source, _classes)(source, size, folder)
+    name = source if source in _READERS else source.partition("-")[0]  # "shakespeare-128": windows of 128 letters
+    return _READERS.get(name, _classes)(source, size, folder)
 
 
 def build(task: Task, size: Size, samples: Samples, seed: int) -> nn.Module:
@@ -131,7 +132,7 @@ def _regression(parts: Triple) -> Samples:
     return Samples(*parts, y.shape[1], nn.MSELoss(), constant)
 
 
-def _shakespeare(_: str, size: Size, folder: Path | None) -> Samples:
+def _shakespeare(source: str, size: Size, folder: Path | None) -> Samples:
     places = [folder / "shakespeare.txt", folder / "shakespeare" / "shakespeare.txt"] if folder else []
     places.append(data.cache() / "shakespeare" / "shakespeare.txt")
     path = next((place for place in places if place.is_file()), None)
@@ -141,14 +142,16 @@ def _shakespeare(_: str, size: Size, folder: Path | None) -> Samples:
     letters = {letter: i for i, letter in enumerate(sorted(set(text)))}
     codes = torch.tensor([letters[letter] for letter in text])
     ninth, last = len(codes) * 9 // 10, len(codes) * 19 // 20
-    parts = _cut((_windows(codes[:ninth]), _windows(codes[ninth:last]), _windows(codes[last:])), size)
+    context = int(source.partition("-")[2] or LETTERS)
+    train, validation, test = (_windows(part, context) for part in (codes[:ninth], codes[ninth:last], codes[last:]))
+    parts = _cut((train, validation, test), size)
     share = torch.bincount(parts[0][1].flatten(), minlength=len(letters)) / parts[0][1].numel()
     return Samples(*parts, len(letters), TokenLoss(), float(torch.special.entr(share).sum()))
 
 
-def _windows(codes: Tensor) -> Pair:
-    """Consecutive windows, in an order that mixes the works: ``[N, CONTEXT]`` and the same one letter on."""
-    rows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+def _windows(codes: Tensor, context: int) -> Pair:
+    """Consecutive windows, in an order that mixes the works: ``[N, context]`` and the same one letter on."""
+    rows = codes[: len(codes) // (context + 1) * (context + 1)].view(-1, context + 1)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(data.SPLIT_SEED))]
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 

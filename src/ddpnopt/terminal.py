@@ -183,6 +183,15 @@ class Exact(Factored):
 class Sampled(Factored):
     """``columns`` random columns with ``E[Z Z'] = H``: random signs times the factor of :class:`Exact`.
 
+    Costs ``columns`` backward passes and ``(B (columns + 1))^2`` memory. Squared errors, cross-entropies and other
+    losses that couple nothing, or the classes of one position, need no more for any number of outputs; others need the
+    whole ``H``, ``d`` derivatives of the loss and ``B d^2`` memory (:mod:`ddpnopt.output_loss`).
+
+    Where the loss is a mean over many outputs of a sample, a sequence's tokens or a picture's pixels, it knows the
+    curvature at each, and ``Gradient`` that along their mean alone. There begin with
+    ``Sampled(criterion, columns=2, cap=1.0)`` and ``Kronecker(damping=0.01, memory=160)``: such a sample is many
+    observations, and less has to be held against it (``docs/results/sequences.md``, ``docs/results/suite.md``).
+
     Args:
         criterion: see :class:`Matched`.
         columns: number of random columns ``R`` per sample; default 4.
