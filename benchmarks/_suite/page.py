@@ -174,7 +174,11 @@ over {seeds}, stays within {registration.claims["points"]:g} point of the method
 def _ablation(registration: Registration, outcomes: Sequence[Outcome]) -> str:
     there, base = [o for o in outcomes if o.ablation], registration.base
     rows = [
-        [name, *(_variant(outcome, name, base) for outcome in there), *_counts(there, name, base)]
+        [
+            name,
+            *(_variant(outcome, name, base) if name in outcome.ablation else "" for outcome in there),
+            *_counts([outcome for outcome in there if name in outcome.ablation], name, base),
+        ]
         for name in registration.ablation
     ]
     header = ["", *(f"{o.task.name}, {plural(o.size.ablation, 'seed')}" for o in there)]

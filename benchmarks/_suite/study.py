@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class Outcome:
         task, size: what was run.
         targets: from the reference.
         entries: by method.
-        ablation: by variant, its runs by seed.
+        ablation: by variant, its runs by seed; without those that were not run.
         absent: methods registered for the task that are not complete.
         digests: first digits of the registrations that the records were made under.
         seconds: of computing, evaluation included.
@@ -177,14 +178,12 @@ def floor(task: Task) -> float:
 
 
 def _ablation(plan: Plan, find: Any) -> dict[str, tuple[Result, ...]]:
-    """Runs by variant; empty where any is missing."""
+    """Runs by variant, of those that are complete; empty without the base."""
     found: dict[str, tuple[Result, ...]] = {}
-    try:
-        for name, run in plan.ablations():
-            found[name] = (*found.get(name, ()), find(run))
-    except MissingError:
-        return {}
-    return found
+    for name in plan.registration.ablation:
+        with suppress(MissingError):
+            found[name] = tuple(find(run) for own, run in plan.ablations() if own == name)
+    return found if plan.registration.base in found else {}
 
 
 def _measured(known: records.Records) -> dict[str, dict[str, float]]:

@@ -230,7 +230,8 @@ class Sampled(Factored):
     def factor(self, loss: OutputLoss, step: int, before: int = 0) -> Tensor:
         d = loss.output.numel() // loss.batch
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        signs = torch.randint(0, 2, (before + loss.batch, d, self.columns), generator=generator)[before:] * 2 - 1
+        size = before + loss.batch, d, self.columns
+        signs = torch.randint(0, 2, size, generator=generator, dtype=torch.int8)[before:] * 2 - 1
         noise = wide(signs.to(loss.output)) / math.sqrt(self.columns)
         return hessian_root(loss)(noise).to(loss.output.dtype).permute(2, 0, 1)
 
