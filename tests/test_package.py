@@ -17,10 +17,10 @@ CORE = sorted(p for p in ROOT.rglob("*.py") if "experiments" not in p.parts)
 # a module may import only what stands before it
 ORDER = [
     "errors", "ranks", "accord", "linalg", "inverse", "columns", "sharded", "curvature", "layers", "value",
-    "bellman", "network", "compiled", "conditions", "passes", "output_loss", "terminal", "inbox", "units",
-    "finite", "cuts", "hooks", "state", "wrapped", "trajectory", "linearise", "joined", "relinearise", "rollout", "transaction", "dense",
-    "coupling", "task", "reading", "sharing", "steps", "evaluation", "options", "persistence", "scaling",
-    "clipping", "report", "optimizer",
+    "bellman", "network", "compiled", "conditions", "passes", "output_loss", "terminal", "inbox", "units", "finite",
+    "cuts", "hooks", "state", "wrapped", "trajectory", "linearise", "joined", "relinearise", "rollout",
+    "transaction", "dense", "coupling", "task", "reading", "sharing", "steps", "evaluation", "options",
+    "persistence", "scaling", "clipping", "report", "optimizer",
 ]  # fmt: skip
 
 
