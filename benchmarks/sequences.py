@@ -103,7 +103,8 @@ def rivals(arguments: Arguments, method: str) -> list[Kind]:
 
 def page(arguments: Arguments, registration: Registration, scores: Scores) -> str:
     """Lay the figures out."""
-    rows = []
+    rows, names = [], tuple(own_kinds())
+    above = {rival: dict.fromkeys(names, 0) for rival in ("adamw", "muon")}
     for length in arguments.lengths:
         for steps in arguments.steps:
             task = windowed(registration, length, steps)
@@ -113,12 +114,18 @@ def page(arguments: Arguments, registration: Registration, scores: Scores) -> st
 
             row = [f"{length}, {steps}"]
             ours = [score(kind) for kind in own_kinds().values()]
-            for method in ("adamw", "muon"):
+            for method, ahead in above.items():
                 best, lr = max((score(kind), kind.lr) for kind in rivals(arguments, method))
                 row.append(f"{best:.1f} ({lr:g})")
+                for name, value in zip(names, ours, strict=True):
+                    ahead[name] += value > best
             cells = [f"**{value:.1f}**" if value == max(ours) else f"{value:.1f}" for value in ours]
             rows.append([row[0], *cells, *row[1:]])
-    header = ["letters T, steps", *own_kinds(), "AdamW, its best (lr)", "Muon + AdamW, its best (lr)"]
+    count = len(rows)
+    for rival, ahead in above.items():
+        words = f"above {registration.methods[rival].title}'s best"
+        rows.append([words, *(f"{ahead[name]} of {count}" for name in names), "", ""])
+    header = ["letters T, steps", *names, "AdamW, its best (lr)", "Muon + AdamW, its best (lr)"]
     size = registration.tasks["characters"].sizes[BUDGET]
     options = ("lengths", "steps", "rival_lrs", "seeds")
     return f"""# Sequences

@@ -215,7 +215,7 @@ def _multiple(recorded: Pass, loss: OutputLoss, share: float, name: str) -> floa
     if arrived is None:
         return 1.0
     given = args[0] if args else kwargs["input"]
-    own = recorded.leaves[i].laid_out(loss.gradient().detach(), given).to(arrived.dtype)
+    own = recorded.leaves[i].laid_out(loss.gradient.detach(), given).to(arrived.dtype)
     square = float(own.square().sum())
     multiple = float((own * arrived).sum()) / square if square > 0 else 0.0
     if square == 0 and not bool(arrived.any()):
@@ -243,7 +243,7 @@ def _pulled(
     with recorder.inbox.mute(), torch.enable_grad():
         at_output = _output_loss(recorded, terminal, loss, share)
         root = 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
-        gradient = at_output.gradient().detach() / (at_output.weight * root)
+        gradient = at_output.gradient.detach() / (at_output.weight * root)
         factor = torch.cat([terminal.factor(at_output, *place).detach(), gradient[None]])
         leaf = _leaf(recorded)
         again = recorded if loss is not None and recorded.edges and not recorded.reached else recorder.again(recorded)

@@ -13,6 +13,7 @@ root is one since ``q q'`` projects. A form that is not the loss's own would hav
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class OutputLoss:
     weight: float
     batch: int
 
+    @cached_property
     def gradient(self) -> Tensor:
         """``w g``, ``[B, d]``, differentiable once more."""
         (gradient,) = torch.autograd.grad(self.loss, self.output, create_graph=True)
@@ -64,15 +66,15 @@ def hessian_root(loss: OutputLoss) -> Root:
     Raises:
         NonFiniteError: if the Hessian is not finite.
     """
-    gradient = loss.gradient()
+    gradient = loss.gradient
 
     def times(v: Tensor) -> Tensor:
         return wide(loss.derivative((gradient * v.to(gradient)).sum())) / loss.weight
 
-    # a generator of its own: the caller's random numbers are those of the model
+    # a generator of its own: the caller's random numbers are those of the model; samples share what does not mix them
     generator = torch.Generator().manual_seed(0)
     like = wide(gradient.detach())
-    v = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    v = torch.randn(like.shape[1], generator=generator, dtype=torch.float64).to(like).expand_as(like)
     found = times(v)
     if not bool(torch.isfinite(found).all()):
         raise NonFiniteError("the loss's curvature at the model's output is not finite")
@@ -87,8 +89,6 @@ def _forms(
     loss: OutputLoss, times: Callable[[Tensor], Tensor], v: Tensor, found: Tensor
 ) -> Iterator[tuple[Tensor, Root]]:
     """The forms as their product with ``v``, ``[B, d]``, and their root; ``found``: the Hessian's own product."""
-    diagonal = times(torch.ones_like(v))
-    yield diagonal * v, lambda noise: diagonal.clamp_min(0).sqrt()[:, :, None] * noise
     shape = loss.output.shape
     for classes in sorted({1, len(shape) - 1} if len(shape) > 1 else ()):
         p = wide(loss.output.detach()).softmax(classes)
@@ -98,6 +98,8 @@ def _forms(
         w = torch.where(square > 0, (product * wanted).sum(classes, keepdim=True) / square, 0.0)
         root = (w.clamp_min(0) * p).sqrt()
         yield (w * product).reshape(v.shape), _softmax_root(root, p.sqrt(), classes)
+    diagonal = times(torch.ones_like(v))
+    yield diagonal * v, lambda noise: diagonal.clamp_min(0).sqrt()[:, :, None] * noise
 
 
 def _softmax_root(root: Tensor, q: Tensor, classes: int) -> Root:

@@ -128,7 +128,7 @@ class Matched(RankOne):
         return True
 
     def scale(self, loss: OutputLoss) -> Tensor:
-        gradient = loss.gradient()
+        gradient = loss.gradient
         g = gradient.detach()
         curvature = (g * loss.derivative((gradient * g).sum())).sum(1)
         square = g.square().sum(1).square()
