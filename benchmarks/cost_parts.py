@@ -73,11 +73,13 @@ def counts() -> tuple[dict[str, Count], dict[str, Count]]:
         "copy of the weights": Count(0, 2 * 4 * weights),
         "factors and inverses": Count(factors, 4 * r * sum(wide) / Kronecker().refresh_every),
         "Gram matrices": Count(gram, 2 * 4 * B * sum(sides)),
+        "momentum's drift seen by the columns": Count(product, 4 * weights + 2 * states),
         "value recursion": Count(len(layers) * B**3 / 3, len(layers) * 8 * 5 * B * B),
         "second forward pass": Count(product, 4 * weights + 2 * states),
         "deviations": Count(3 * B * sum(WIDTHS[1:-1]), 3 * states),
         "weights on the columns": Count(len(layers) * 2 * B * B, len(layers) * 8 * B * B),
-        "update of the weights": Count(product, 2 * 4 * weights),
+        # the velocity is read and written, then added to the weights
+        "update of the weights": Count(product, 5 * 4 * weights),
         "check of the weights": Count(weights, 4 * weights),
     }
     return adam, ours
@@ -114,6 +116,7 @@ PARTS: Mapping[str, tuple[object, str]] = {
     "copy of the weights": (transaction.Transaction, "__enter__"),
     "factors and inverses": (bellman, "block_policy"),
     "Gram matrices": (bellman, "gram_and_cost"),
+    "momentum's drift seen by the columns": (bellman, "_cost"),
     "value recursion": (value.BatchValue, "backward"),
     "second forward pass": (trajectory.Recorder, "replay"),
     "deviations": (linearise.Linearised, "deviation"),
