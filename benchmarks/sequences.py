@@ -20,6 +20,7 @@ from _suite.running import Run
 from _suite.tasks import load
 from _training import RESULTS
 
+from ddpnopt import Kronecker
 from ddpnopt.experiments.environment import version
 
 LR = 0.1
@@ -37,7 +38,7 @@ class Arguments:
     steps: tuple[int, ...] = (150, 600)
     """Of a run."""
 
-    rival_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    rival_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     """Learning rates of AdamW and of Muon."""
 
     seeds: int = 3
@@ -73,7 +74,7 @@ def runs(arguments: Arguments, registration: Registration) -> list[Run]:
         for steps in arguments.steps:
             task = windowed(registration, length, steps)
             load(task.data, task.sizes[BUDGET], arguments.data)  # says what is missing
-            for kind in (*own_kinds().values(), *rivals(arguments, "adamw"), *rivals(arguments, "muon")):
+            for kind in (*own_kinds(length).values(), *rivals(arguments, "adamw"), *rivals(arguments, "muon")):
                 found += kind.runs(registration, task, arguments.seeds)
     return sorted(found, key=lambda run: run.size.steps)
 
@@ -85,12 +86,13 @@ def windowed(registration: Registration, length: int, steps: int) -> Task:
     return replace(task, name=f"characters-{length}", data=f"shakespeare-{length}", sizes={BUDGET: size})
 
 
-def own_kinds() -> dict[str, Kind]:
+def own_kinds(length: int) -> dict[str, Kind]:
     """DDPNOpt's, by the heading of their column."""
+    scaled = float(f"{Kronecker().damping / length:.3g}")
     sampled = {"terminal": "sampled", "columns": COLUMNS}
     return {
         "default": Kind("ddpnopt-default", LR, {}),
-        "default, with these": Kind("ddpnopt-default", LR, ADVICE),
+        "lr and damping over T": Kind("ddpnopt-default", float(f"{LR / length:.3g}"), {"damping": scaled}),
         "Sampled": Kind("ddpnopt-default", LR, sampled),
         "Sampled, with these": Kind("ddpnopt-default", LR, {**sampled, **ADVICE}),
     }
@@ -103,7 +105,7 @@ def rivals(arguments: Arguments, method: str) -> list[Kind]:
 
 def page(arguments: Arguments, registration: Registration, scores: Scores) -> str:
     """Lay the figures out."""
-    rows, names = [], tuple(own_kinds())
+    rows, names = [], tuple(own_kinds(1))
     above = {rival: dict.fromkeys(names, 0) for rival in ("adamw", "muon")}
     for length in arguments.lengths:
         for steps in arguments.steps:
@@ -113,7 +115,7 @@ def page(arguments: Arguments, registration: Registration, scores: Scores) -> st
                 return scores(kind.runs(registration, task, arguments.seeds))
 
             row = [f"{length}, {steps}"]
-            ours = [score(kind) for kind in own_kinds().values()]
+            ours = [score(kind) for kind in own_kinds(length).values()]
             for method, ahead in above.items():
                 best, lr = max((score(kind), kind.lr) for kind in rivals(arguments, method))
                 row.append(f"{best:.1f} ({lr:g})")
@@ -130,16 +132,17 @@ def page(arguments: Arguments, registration: Registration, scores: Scores) -> st
     options = ("lengths", "steps", "rival_lrs", "seeds")
     return f"""# Sequences
 
-The loss of a sequence of `T` letters is the mean over its letters. `Gradient()`, the default, knows its curvature along
-the sequence's gradient alone; `Sampled(criterion, columns={COLUMNS}, cap=1.0)` draws columns of the curvature at every
-letter. A sequence is then many observations, whose mean is less noisy than one of them, and less has to be held against
-it. `with these`: `Kronecker(damping={ADVICE["damping"]:g}, memory={ADVICE["memory"]})`.
+The loss of a sequence of `T` letters is the mean over its letters. The square of its gradient, which is all that
+`Gradient()`, the default, knows of its curvature, is up to `T` times less than one letter's: steps are too long.
+`lr and damping over T`: `lr = {LR:g} / T` and `Kronecker(damping={Kronecker().damping:g} / T)`, all else by default.
+`Sampled`: the terminal `Sampled(criterion, columns={COLUMNS}, cap=1.0)`, columns of the curvature at every letter;
+`with these`: and `Kronecker(damping={ADVICE["damping"]:g}, memory={ADVICE["memory"]})`.
 
 The suite's character transformer, one block of width {size.width[0]}, {size.train:,} windows, batch {
         size.batch
     }, linear
 decay: share of the validation loss explained at the end, in percent, mean over {plural(arguments.seeds, "seed")}, the
-best of DDPNOpt's in bold. DDPNOpt has `lr = {LR:g}`; AdamW and Muon the best of
+best of DDPNOpt's in bold. DDPNOpt has `lr = {LR:g}` where nothing else is said; AdamW and Muon the best of
 {plural(len(arguments.rival_lrs), "learning rate")}, chosen on these very scores.
 
 {table(header, rows)}
@@ -155,7 +158,7 @@ Command: `{command("sequences.py", arguments, options)}` ({duration(scores.secon
 def _cost(arguments: Arguments, registration: Registration, scores: Scores) -> str:
     ratios = []
     for length in arguments.lengths:
-        task, kinds = windowed(registration, length, max(arguments.steps)), own_kinds()
+        task, kinds = windowed(registration, length, max(arguments.steps)), own_kinds(length)
         own, base = (
             scores.step_seconds(kinds[name].runs(registration, task, arguments.seeds))
             for name in ("Sampled, with these", "default")

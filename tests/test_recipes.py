@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cases import NETWORKS, Case
-from ddpnopt import DDPNOpt, Dense, EigenKronecker, Exact, Gradient, Identity, Kronecker, Matched, StepError
+from ddpnopt import DDPNOpt, Dense, EigenKronecker, Exact, Gradient, Identity, Kronecker, Matched, Sampled, StepError
 
 Step = Callable[[DDPNOpt, Case, nn.Module], object]
 
@@ -415,6 +415,35 @@ def test_half_precision_with_a_scaler_and_clipping_trains(unscale: bool) -> None
         scaler.update()
     assert losses[-1] < 0.5 * losses[0]
     assert optimizer.diagnostics()["skipped_steps"] < 4
+
+
+class OverTokens(nn.CrossEntropyLoss):
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return super().forward(output.flatten(0, 1), target.flatten())
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+@pytest.mark.parametrize("terminal", [Matched, partial(Sampled, cap=1.0)])
+def test_half_precision_holds_a_mean_over_many_confident_tokens(terminal: Any, unscale: bool) -> None:
+    """Of 32 x 20 tokens that the model is sure of: squares of such gradients are below what float16 holds."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(5)
+    model, criterion = nn.Linear(8, 64), OverTokens()
+    x, y = torch.randn(32, 20, 8), torch.full((32, 20), 3)
+    with torch.no_grad():
+        model.bias[3] = 9.0
+    optimizer, scaler = DDPNOpt(model, terminal=terminal(criterion)), torch.amp.GradScaler("cpu")
+    before = model.weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            value = criterion(model(x), y)
+        scaler.scale(value).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert not torch.equal(model.weight, before)
 
 
 class AllTied(nn.Module):

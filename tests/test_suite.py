@@ -99,6 +99,9 @@ def test_sensitivity_compares_means_over_seeds_and_counts_runs() -> None:
     found = scoring.sensitivity(runs, 20, 1)
     assert (found.low, found.high) == (0.1, 1)
     assert (found.diverged, found.collapsed, found.runs) == (1, 1, 7)
+    for rate in runs:
+        runs[rate] = [ended(0, 90), ended(0, diverged="loss not finite")]
+    assert scoring.sensitivity(runs, 20, 1).decades == 0
 
 
 def test_holm_as_in_his_worked_steps() -> None:

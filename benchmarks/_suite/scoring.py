@@ -99,6 +99,9 @@ def sensitivity(runs: Mapping[float, Sequence[Result]], floor: float, points: fl
     means = [mean(scores) for scores in last]
     top = max(range(len(rates)), key=means.__getitem__)
     first = final = top
+    if means[top] == -math.inf:
+        top = first = final = 0
+        means = [math.nan] * len(rates)  # a rate at which a run diverged is within no points of another
     while first > 0 and means[first - 1] >= means[top] - points:
         first -= 1
     while final < len(rates) - 1 and means[final + 1] >= means[top] - points:

@@ -146,7 +146,8 @@ def linearise(
         linearised = [Linearised(p, scale * (per_weight / loss_scale)) for p, scale in zip(passes, scales, strict=True)]
         return linearised, TerminalValue(torch.cat(scales)[None].reciprocal(), 1, weight)
     assert isinstance(terminal, Factored)
-    pulled = [_pulled(p, terminal, recorder, loss, (step, before), share(p)) for p in passes]
+    places = [(step, before + sum(p.batch for p in passes[:i])) for i in range(len(passes))]
+    pulled = [_pulled(p, terminal, recorder, loss, place, share(p)) for p, place in zip(passes, places, strict=True)]
     count, root = pulled[0][1], 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
     a = torch.zeros(count, batch, dtype=torch.float64, device=pulled[0][2])
     a[-1] = root
@@ -186,8 +187,9 @@ def _output_loss(recorded: Pass, terminal: Terminal, loss: Tensor | None, share:
     else:
         output = kwargs["input"].detach().requires_grad_()
         value = terminal.criterion(**{**kwargs, "input": output})
-    multiple = _multiple(recorded, OutputLoss(value, output, weight, recorded.batch), share, name)
-    return OutputLoss(value if multiple == 1.0 else value * multiple, output, weight, recorded.batch)
+    found = OutputLoss(value, output, weight, recorded.batch)
+    multiple = _multiple(recorded, found, share, name)
+    return found if multiple == 1.0 else OutputLoss(value * multiple, output, weight, recorded.batch)
 
 
 def _leaf(recorded: Pass) -> int:
@@ -215,12 +217,14 @@ def _multiple(recorded: Pass, loss: OutputLoss, share: float, name: str) -> floa
     if arrived is None:
         return 1.0
     given = args[0] if args else kwargs["input"]
-    own = recorded.leaves[i].laid_out(loss.gradient.detach(), given).to(arrived.dtype)
+    rounding = 10 * torch.finfo(arrived.dtype).eps ** 0.5
+    # as arrived, but with room for squares of what a mean over many outputs leaves
+    own = wide(recorded.leaves[i].laid_out(loss.gradient, given).to(arrived.dtype))
+    arrived = wide(arrived)
     square = float(own.square().sum())
     multiple = float((own * arrived).sum()) / square if square > 0 else 0.0
     if square == 0 and not bool(arrived.any()):
         return 1.0
-    rounding = 10 * torch.finfo(arrived.dtype).eps ** 0.5
     if multiple <= 0 or float((arrived - multiple * own).norm()) > rounding * float(arrived.norm()):
         if not bool(torch.isfinite(arrived).all()):
             return 1.0  # what is not finite is refused by its own name later
@@ -243,8 +247,9 @@ def _pulled(
     with recorder.inbox.mute(), torch.enable_grad():
         at_output = _output_loss(recorded, terminal, loss, share)
         root = 1.0 if terminal.cap is None else math.sqrt(terminal.cap)
-        gradient = at_output.gradient.detach() / (at_output.weight * root)
-        factor = torch.cat([terminal.factor(at_output, *place).detach(), gradient[None]])
+        factor = terminal.factor(at_output, *place).detach()
+        gradient = at_output.gradient / (at_output.weight * root)
+        factor = torch.cat([factor, gradient.to(factor)[None]])
         leaf = _leaf(recorded)
         again = recorded if loss is not None and recorded.edges and not recorded.reached else recorder.again(recorded)
         again.criterion, given = recorded.criterion, at_output.output

@@ -1,16 +1,18 @@
-"""The loss as a function of the model's output: its gradient, and a root of its Hessian.
+"""The loss as a function of the model's output: its gradient, products with its Hessian, and a root of that.
 
 Most losses couple few of the numbers that a model returns: a squared error none, a cross-entropy the classes of one
-position. Of two such forms one product with the Hessian tells whether they are the case, so that neither ``d``
+position. Whether one of these forms is the loss's own, a few products with the Hessian tell, so that neither ``d``
 backward passes nor a matrix ``d x d`` is needed for a sample's ``d`` outputs:
 
     H = diag(h)                      h = H 1                     H^(1/2) = diag(sqrt(h))
     H = w (diag(p) - p p')           p a softmax over classes    H^(1/2) = sqrt(w) diag(q) (I - q q'),   q = sqrt(p)
 
 each position with its own ``w`` (class weights, label smoothing, masks, a mean over positions) and ``p``; the second
-root is one since ``q q'`` projects. A form that is not the loss's own would have to meet ``H v`` for a random ``v``.
+root is one since ``q q'`` projects. ``w`` is read off the product with the likeliest class. A form counts as the loss's
+own if it gives what the Hessian does for two random vectors.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,11 +26,14 @@ from .passes import wide
 Root = Callable[[Tensor], Tensor]
 """From ``noise [B, d, R]`` to ``H^(1/2) noise``."""
 
-MET = 1000
-"""Roundings of the output's type that a form's product with the Hessian may be off by, relative to its length."""
+ROUNDINGS = 1000
+"""How far a form's product may be from the Hessian's, relative to its length, in roundings of the output's type."""
 
-MOST = 0.05
+FARTHEST = 0.03
 """The same as a number, for types of few digits."""
+
+PROBES = 2
+"""Random vectors that a form has to meet."""
 
 
 @dataclass(frozen=True)
@@ -45,75 +50,91 @@ class OutputLoss:
 
     @cached_property
     def gradient(self) -> Tensor:
-        """``w g``, ``[B, d]``, differentiable once more."""
-        (gradient,) = torch.autograd.grad(self.loss, self.output, create_graph=True)
+        """``w g``, ``[B, d]``, at least in float32."""
+        return wide(self._scaled.detach()) / self._scale
+
+    def product(self, v: Tensor) -> Tensor:
+        """``w H v``, ``[B, d]``, at least in float32, for ``v`` of the same shape; one derivative of the loss."""
+        if not self._scaled.requires_grad:
+            return torch.zeros_like(v)
+        longest = v.abs().amax().clamp_min(torch.finfo(v.dtype).tiny)  # a narrow type could not hold a small v
+        value = (wide(self._scaled) * (v / longest)).sum()
+        (derivative,) = torch.autograd.grad(value, self.output, retain_graph=True, allow_unused=True)
+        if derivative is None:
+            return torch.zeros_like(v)
+        return wide(derivative.reshape(self.batch, -1)) * (longest / self._scale)
+
+    @cached_property
+    def _scaled(self) -> Tensor:
+        """The gradient times :attr:`_scale`, in the output's type, differentiable once more."""
+        scale = self.loss.new_full(self.loss.shape, self._scale)
+        (gradient,) = torch.autograd.grad(self.loss, self.output, scale, create_graph=True)
         return gradient.reshape(self.batch, -1)
 
-    def derivative(self, value: Tensor) -> Tensor:
-        """``d value / d output`` as ``[B, d]``; zeros where it does not depend on it."""
-        if not value.requires_grad:
-            return value.new_zeros(self.batch, self.output.numel() // self.batch)
-        (derivative,) = torch.autograd.grad(value, self.output, retain_graph=True, allow_unused=True)
-        zeros = torch.zeros_like(self.output)
-        return (zeros if derivative is None else derivative).reshape(self.batch, -1)
+    @cached_property
+    def _scale(self) -> float:
+        """What undoes means over samples and positions, whose gradients half precision could not hold: a power of 2."""
+        positions = self.output.numel() / (self.batch * max(self.output.shape[1:], default=1))
+        return float(2 ** min(15, max(0, round(math.log2(max(1.0, positions / self.weight))))))
 
 
 def hessian_root(loss: OutputLoss) -> Root:
     """``noise [B, d, R] -> Z noise`` with ``Z Z' = H`` of each sample's own loss, negative eigenvalues taken for zero.
 
-    Where neither form of the module's docstring fits, by all of ``H``: ``d`` backward passes, ``B d^2`` memory.
+    Where neither form of the module's docstring fits, by all of ``H``: ``d`` derivatives, ``B d^2`` memory.
 
     Raises:
         NonFiniteError: if the Hessian is not finite.
     """
-    gradient = loss.gradient
-
-    def times(v: Tensor) -> Tensor:
-        return wide(loss.derivative((gradient * v.to(gradient)).sum())) / loss.weight
-
-    # a generator of its own: the caller's random numbers are those of the model; samples share what does not mix them
-    generator = torch.Generator().manual_seed(0)
-    like = wide(gradient.detach())
-    v = torch.randn(like.shape[1], generator=generator, dtype=torch.float64).to(like).expand_as(like)
-    found = times(v)
-    if not bool(torch.isfinite(found).all()):
+    # a generator of its own: the caller's random numbers are the model's; H has no blocks between samples, so that the
+    # same vector serves them all
+    generator, like = torch.Generator().manual_seed(0), loss.gradient
+    random = torch.randn(PROBES, like.shape[1], generator=generator, dtype=torch.float64, device="cpu")
+    probes = [wide(v.to(loss.output)).to(like).expand_as(like) for v in random]
+    found = [loss.product(v) / loss.weight for v in probes]
+    if not all(bool(torch.isfinite(one).all()) for one in found):
         raise NonFiniteError("the loss's curvature at the model's output is not finite")
-    off = min(MET * torch.finfo(gradient.dtype).eps, MOST) * found.norm()
-    for product, root in _forms(loss, times, v, found):
-        if bool((product - found).norm() <= off):
+    off = min(ROUNDINGS * torch.finfo(loss.output.dtype).eps, FARTHEST)
+    for times, root in _forms(loss):
+        pairs = zip(probes, found, strict=True)
+        if all(bool((times(v) - product).norm() <= off * product.norm()) for v, product in pairs):
             return root
-    return _full(loss, gradient)
+    return _full(loss)
 
 
-def _forms(
-    loss: OutputLoss, times: Callable[[Tensor], Tensor], v: Tensor, found: Tensor
-) -> Iterator[tuple[Tensor, Root]]:
-    """The forms as their product with ``v``, ``[B, d]``, and their root; ``found``: the Hessian's own product."""
-    shape = loss.output.shape
+def _forms(loss: OutputLoss) -> Iterator[tuple[Callable[[Tensor], Tensor], Root]]:
+    """The forms' products with ``v [B, d]``, and their roots."""
+    like, shape = loss.gradient, loss.output.shape
     for classes in sorted({1, len(shape) - 1} if len(shape) > 1 else ()):
-        p = wide(loss.output.detach()).softmax(classes)
-        own, wanted = v.reshape(shape), found.reshape(shape)
-        product = p * (own - (p * own).sum(classes, keepdim=True))
-        square = product.square().sum(classes, keepdim=True)
-        w = torch.where(square > 0, (product * wanted).sum(classes, keepdim=True) / square, 0.0)
-        root = (w.clamp_min(0) * p).sqrt()
-        yield (w * product).reshape(v.shape), _softmax_root(root, p.sqrt(), classes)
-    diagonal = times(torch.ones_like(v))
-    yield diagonal * v, lambda noise: diagonal.clamp_min(0).sqrt()[:, :, None] * noise
+        yield _softmax(loss, wide(loss.output.detach()).softmax(classes), classes)
+    diagonal = loss.product(torch.ones_like(like)) / loss.weight
+    yield lambda v: diagonal * v, lambda noise: diagonal.clamp_min(0).sqrt()[:, :, None] * noise
 
 
-def _softmax_root(root: Tensor, q: Tensor, classes: int) -> Root:
-    def times(noise: Tensor) -> Tensor:
-        by_position = noise.reshape(*q.shape, noise.shape[-1])
+def _softmax(loss: OutputLoss, p: Tensor, classes: int) -> tuple[Callable[[Tensor], Tensor], Root]:
+    shape, flat = p.shape, loss.gradient.shape
+    likeliest = torch.zeros_like(p).scatter_(classes, p.argmax(classes, keepdim=True), 1.0)
+
+    def unweighted(v: Tensor) -> Tensor:
+        return p * (v - (p * v).sum(classes, keepdim=True))
+
+    product, wanted = unweighted(likeliest), (loss.product(likeliest.view(flat)) / loss.weight).view(shape)
+    square = product.square().sum(classes, keepdim=True)
+    w = torch.where(square > 0, (product * wanted).sum(classes, keepdim=True) / square, 0.0)
+    q, root = p.sqrt(), (w.clamp_min(0) * p).sqrt()
+
+    def from_noise(noise: Tensor) -> Tensor:
+        by_position = noise.reshape(*shape, noise.shape[-1])
         along = (q[..., None] * by_position).sum(classes, keepdim=True)
         return (root[..., None] * (by_position - q[..., None] * along)).reshape(noise.shape)
 
-    return times
+    return lambda v: (w * unweighted(v.reshape(shape))).reshape(flat), from_noise
 
 
-def _full(loss: OutputLoss, gradient: Tensor) -> Root:
-    rows = [loss.derivative(entry.sum()) for entry in gradient.unbind(1)]
-    hessian = wide(torch.stack(rows, 1)) / loss.weight
+def _full(loss: OutputLoss) -> Root:
+    every = torch.eye(loss.gradient.shape[1]).to(loss.gradient)
+    rows = [loss.product(own.expand_as(loss.gradient)) for own in every]
+    hessian = torch.stack(rows, 1) / loss.weight
     if not bool(torch.isfinite(hessian).all()):
         raise NonFiniteError("the loss's curvature at the model's output is not finite")
     # near a confident output many eigenvalues all but coincide at zero, where single precision may not converge

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from .output_loss import OutputLoss, hessian_root
-from .passes import wide
 
 Reduction = Literal["mean", "sum"]
 Cap = float | Literal["auto"]
@@ -128,9 +127,8 @@ class Matched(RankOne):
         return True
 
     def scale(self, loss: OutputLoss) -> Tensor:
-        gradient = loss.gradient
-        g = gradient.detach()
-        curvature = (g * loss.derivative((gradient * g).sum())).sum(1)
+        g = loss.gradient
+        curvature = (g * loss.product(g)).sum(1)
         square = g.square().sum(1).square()
         # with w g for g and w H for H, what is left over of the weights is one w
         matched = torch.where(square > 0, loss.weight * curvature / square, torch.zeros_like(square))
@@ -175,7 +173,7 @@ class Exact(Factored):
 
     def factor(self, loss: OutputLoss, step: int, before: int = 0) -> Tensor:
         d = loss.output.numel() // loss.batch
-        every = wide(torch.eye(d).to(loss.output)).expand(loss.batch, d, d)
+        every = torch.eye(d).to(loss.gradient).expand(loss.batch, d, d)
         return hessian_root(loss)(every).to(loss.output.dtype).permute(2, 0, 1)
 
 
@@ -190,7 +188,8 @@ class Sampled(Factored):
     Where the loss is a mean over many outputs of a sample, a sequence's tokens or a picture's pixels, it knows the
     curvature at each, and ``Gradient`` that along their mean alone. There begin with
     ``Sampled(criterion, columns=2, cap=1.0)`` and ``Kronecker(damping=0.01, memory=160)``: such a sample is many
-    observations, and less has to be held against it (``docs/results/sequences.md``, ``docs/results/suite.md``).
+    observations, and takes less damping and a shorter memory (``docs/results/sequences.md``). With the curvature's
+    defaults it is worse than ``Gradient``.
 
     Args:
         criterion: see :class:`Matched`.
@@ -231,8 +230,8 @@ class Sampled(Factored):
         d = loss.output.numel() // loss.batch
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
         size = before + loss.batch, d, self.columns
-        signs = torch.randint(0, 2, size, generator=generator, dtype=torch.int8)[before:] * 2 - 1
-        noise = wide(signs.to(loss.output)) / math.sqrt(self.columns)
+        signs = torch.randint(0, 2, size, generator=generator, dtype=torch.int8, device="cpu")[before:] * 2 - 1
+        noise = signs.to(loss.gradient) / math.sqrt(self.columns)
         return hessian_root(loss)(noise).to(loss.output.dtype).permute(2, 0, 1)
 
 
