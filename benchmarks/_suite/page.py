@@ -184,9 +184,9 @@ def _ablation(registration: Registration, outcomes: Sequence[Outcome]) -> str:
     header = ["", *(f"{o.task.name}, {plural(o.size.ablation, 'seed')}" for o in there)]
     return f"""## Ablation at equal settings
 
-DDPNOpt, untuned (learning rate 0.1, neither weight decay nor memory unless said; `default`: with both), with what is said
-changed. First row: mean test score; others: the change, paired by seed, with `*` where its 95 % interval leaves out 0. In brackets the median
-steps to the final target (∞: missed).
+DDPNOpt, untuned (learning rate 0.1, neither weight decay nor memory unless said, both where it says `default`), with
+what is said changed. First row: mean test score; others: the change, paired by seed, with `*` where its 95 % interval
+leaves out 0. In brackets the median steps to the final target (∞: missed).
 
 {table([*header, "* higher, lower", "fewer steps, more"], rows)}
 

@@ -27,10 +27,10 @@ Root = Callable[[Tensor], Tensor]
 """From ``noise [B, d, R]`` to ``H^(1/2) noise``."""
 
 ROUNDINGS = 1000
-"""How far a form's product may be from the Hessian's, relative to its length, in roundings of the output's type."""
+"""How many roundings of the terms whose difference it is a form's product may be from the Hessian's."""
 
 FARTHEST = 0.03
-"""The same as a number, for types of few digits."""
+"""And how much of its length at most, in types of few digits and where terms cancel: at confident positions."""
 
 PROBES = 2
 """Random vectors that a form has to meet."""
@@ -94,24 +94,32 @@ def hessian_root(loss: OutputLoss) -> Root:
     found = [loss.product(v) / loss.weight for v in probes]
     if not all(bool(torch.isfinite(one).all()) for one in found):
         raise NonFiniteError("the loss's curvature at the model's output is not finite")
-    off = min(ROUNDINGS * torch.finfo(loss.output.dtype).eps, FARTHEST)
-    for times, root in _forms(loss):
-        pairs = zip(probes, found, strict=True)
-        if all(bool((times(v) - product).norm() <= off * product.norm()) for v, product in pairs):
+    roundings = ROUNDINGS * torch.finfo(loss.output.dtype).eps
+    for times, terms, root in _forms(loss):
+        pairs = [(times(v) - own, roundings * terms(v).norm(), own) for v, own in zip(probes, found, strict=True)]
+        if all(bool(misfit.norm() <= torch.minimum(far, FARTHEST * own.norm())) for misfit, far, own in pairs):
             return root
     return _full(loss)
 
 
-def _forms(loss: OutputLoss) -> Iterator[tuple[Callable[[Tensor], Tensor], Root]]:
-    """The forms' products with ``v [B, d]``, and their roots."""
+Times = Callable[[Tensor], Tensor]
+Form = tuple[Times, Times, Root]
+"""Product with ``v [B, d]``, the larger of the terms whose difference each number of it is, and the root."""
+
+
+def _forms(loss: OutputLoss) -> Iterator[Form]:
     like, shape = loss.gradient, loss.output.shape
+    diagonal = loss.product(torch.ones_like(like)) / loss.weight
+    yield (
+        lambda v: diagonal * v,
+        lambda v: diagonal * v,
+        lambda noise: diagonal.clamp_min(0).sqrt()[:, :, None] * noise,
+    )
     for classes in sorted({1, len(shape) - 1} if len(shape) > 1 else ()):
         yield _softmax(loss, wide(loss.output.detach()).softmax(classes), classes)
-    diagonal = loss.product(torch.ones_like(like)) / loss.weight
-    yield lambda v: diagonal * v, lambda noise: diagonal.clamp_min(0).sqrt()[:, :, None] * noise
 
 
-def _softmax(loss: OutputLoss, p: Tensor, classes: int) -> tuple[Callable[[Tensor], Tensor], Root]:
+def _softmax(loss: OutputLoss, p: Tensor, classes: int) -> Form:
     shape, flat = p.shape, loss.gradient.shape
     likeliest = torch.zeros_like(p).scatter_(classes, p.argmax(classes, keepdim=True), 1.0)
 
@@ -128,7 +136,10 @@ def _softmax(loss: OutputLoss, p: Tensor, classes: int) -> tuple[Callable[[Tenso
         along = (q[..., None] * by_position).sum(classes, keepdim=True)
         return (root[..., None] * (by_position - q[..., None] * along)).reshape(noise.shape)
 
-    return lambda v: (w * unweighted(v.reshape(shape))).reshape(flat), from_noise
+    def times(v: Tensor) -> Tensor:
+        return (w * unweighted(v.reshape(shape))).reshape(flat)
+
+    return times, lambda v: (w * p * v.reshape(shape)).reshape(flat), from_noise
 
 
 def _full(loss: OutputLoss) -> Root:
