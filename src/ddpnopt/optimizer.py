@@ -61,8 +61,8 @@ class DDPNOpt(torch.optim.Optimizer):
             ``torch.optim.Optimizer``: parameters without their module get the curvature's step alone.
         lr: step size ``eta`` of ``R = M (1 / eta + memory / batch) + ...``: in the batch form ``Kronecker`` and
             ``EigenKronecker`` have a ``memory`` of 1,280 samples, which bounds the step at small batches and at large
-            learning rates; below the largest one that a group has had, the whole of ``M`` is scaled. Default 0.1; where a
-            sample's loss is a mean over ``T`` tokens, begin with ``0.1 / T`` and ``Kronecker(damping=0.1 / T)``.
+            learning rates; below the largest one that a group has had, the whole of ``M`` is scaled. Default 0.1; where
+            a sample's loss is a mean over ``T`` tokens, begin with ``0.1 / T`` and ``Kronecker(damping=0.1 / T)``.
         curvature: ``Kronecker()`` (default), ``EigenKronecker()``, ``Adaptive()`` or ``Identity()``.
         terminal: ``Gradient()`` (default), or ``Matched``, ``Exact``, ``Sampled`` with the loss module.
         coupling: ``"batch"`` (default), the joint problem of all samples, exact; ``"sample"``, the paper's
