@@ -1,4 +1,4 @@
-"""The loss's own curvature at every position of a sequence, beside its gradient's, at several lengths.
+"""What a loss over the positions of a sequence needs, at several lengths: other numbers, or its own curvature.
 
     python benchmarks/sequences.py
 
@@ -30,7 +30,7 @@ ADVICE = {"damping": 0.01, "memory": 160}  # for losses over many outputs of a s
 
 @dataclass(frozen=True)
 class Arguments:
-    """The loss's own curvature at every position of a sequence, beside its gradient's, at several lengths."""
+    """What a loss over the positions of a sequence needs, at several lengths: other numbers, or its own curvature."""
 
     lengths: tuple[int, ...] = (8, 32, 128)
     """Letters of a window."""

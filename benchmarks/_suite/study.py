@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _records as records
 
@@ -109,6 +109,16 @@ class Outcome:
         return paired_difference(own, other)
 
 
+class _Confirmed(NamedTuple):
+    """What is on record of a method: its choice, the runs by seed, the trials, and those of its sensitivity by rate."""
+
+    lr: float
+    options: Options
+    runs: tuple[Result, ...]
+    tried: Sequence[Any]
+    by_rate: Mapping[float, tuple[Result, ...]]
+
+
 def outcome(registration: Registration, task: Task, budget: str, path: Path) -> Outcome | None:
     """Summarise a task's records; None where the reference is not complete.
 
@@ -121,17 +131,17 @@ def outcome(registration: Registration, task: Task, budget: str, path: Path) -> 
     known = {key: result for key, result in records.read(path).items() if json.loads(key)["budget"] == budget}
     methods = registration.methods_of(task.name)
     plan, find = Plan(registration, task, budget, methods), on_record(known)
-    confirmed: dict[str, tuple[float, Options, tuple[Result, ...], Sequence[Any], Mapping[float, Any]]] = {}
+    confirmed: dict[str, _Confirmed] = {}
     for method in methods:
         try:
             lr, options = chosen(plan, method, find)
             seeds = range(task.sizes[budget].seeds)
             runs = tuple(find(plan.run(method, lr, options, seed)) for seed in seeds)
-            tuned = () if method.lr is not None else trials(plan, method, find)
-            grid: dict[float, tuple[Result, ...]] = {}
-            for run in plan.sensitivity(method) if tuned else ():
-                grid[run.lr] = (*grid.get(run.lr, ()), find(run))
-            confirmed[method.name] = lr, options, runs, tuned, grid
+            tried = () if method.lr is not None else trials(plan, method, find)
+            by_rate: dict[float, tuple[Result, ...]] = {}
+            for run in plan.sensitivity(method) if tried else ():
+                by_rate[run.lr] = (*by_rate.get(run.lr, ()), find(run))
+            confirmed[method.name] = _Confirmed(lr, options, runs, tried, by_rate)
         except MissingError:
             continue
     if registration.reference not in confirmed:
@@ -139,12 +149,12 @@ def outcome(registration: Registration, task: Task, budget: str, path: Path) -> 
     size = task.sizes[budget]
     at = marks(size.steps)
     early = registration.protocol["early_share"] * size.steps
-    goal = targets(confirmed[registration.reference][2], at, early)
+    goal = targets(confirmed[registration.reference].runs, at, early)
     measured = _measured(known)
 
     def entry(method: Method) -> Entry:
-        lr, options, runs, tried, grid = confirmed[method.name]
-        sensitive = sensitivity(grid, floor(task), registration.claims["points"]) if grid else None
+        lr, options, runs, tried, by_rate = confirmed[method.name]
+        sensitive = sensitivity(by_rate, floor(task), registration.claims["points"]) if by_rate else None
         said = {r["diverged"]: None for r in (*(t.result for t in tried), *runs) if r["diverged"]}
         return Entry(
             method,

@@ -26,6 +26,12 @@ from .passes import wide
 Root = Callable[[Tensor], Tensor]
 """From ``noise [B, d, R]`` to ``H^(1/2) noise``."""
 
+Times = Callable[[Tensor], Tensor]
+"""From ``v [B, d]`` to numbers of the same shape."""
+
+Form = tuple[Times, Times, Root]
+"""The product ``H v``, the larger of the two terms whose difference each of its numbers is, and the root."""
+
 ROUNDINGS = 1000
 """How many roundings of the terms whose difference it is a form's product may be from the Hessian's."""
 
@@ -102,12 +108,8 @@ def hessian_root(loss: OutputLoss) -> Root:
     return _full(loss)
 
 
-Times = Callable[[Tensor], Tensor]
-Form = tuple[Times, Times, Root]
-"""Product with ``v [B, d]``, the larger of the terms whose difference each number of it is, and the root."""
-
-
 def _forms(loss: OutputLoss) -> Iterator[Form]:
+    """Those of the module's docstring, each with what it would be if it were the loss's own."""
     like, shape = loss.gradient, loss.output.shape
     diagonal = loss.product(torch.ones_like(like)) / loss.weight
     yield (
@@ -120,6 +122,7 @@ def _forms(loss: OutputLoss) -> Iterator[Form]:
 
 
 def _softmax(loss: OutputLoss, p: Tensor, classes: int) -> Form:
+    """``w (diag(p) - p p')`` at every position, for ``p`` in the output's shape with ``classes`` for its dimension."""
     shape, flat = p.shape, loss.gradient.shape
     likeliest = torch.zeros_like(p).scatter_(classes, p.argmax(classes, keepdim=True), 1.0)
 
@@ -143,6 +146,7 @@ def _softmax(loss: OutputLoss, p: Tensor, classes: int) -> Form:
 
 
 def _full(loss: OutputLoss) -> Root:
+    """From the eigenvectors of all of ``H [B, d, d]``."""
     every = torch.eye(loss.gradient.shape[1]).to(loss.gradient)
     rows = [loss.product(own.expand_as(loss.gradient)) for own in every]
     hessian = torch.stack(rows, 1) / loss.weight

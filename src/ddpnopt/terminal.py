@@ -185,8 +185,8 @@ class Sampled(Factored):
     losses that couple nothing, or the classes of one position, need no more for any number of outputs; others need the
     whole ``H``, ``d`` derivatives of the loss and ``B d^2`` memory (:mod:`ddpnopt.output_loss`).
 
-    Where the loss is a mean over many outputs of a sample, a sequence's tokens or a picture's pixels, it knows the
-    curvature at each, and ``Gradient`` that along their mean alone. There begin with
+    Where the loss is a mean over many outputs of a sample, a sequence's tokens or a picture's pixels, these columns
+    have the curvature at each, and ``Gradient``'s has that along their mean alone. There begin with
     ``Sampled(criterion, columns=2, cap=1.0)`` and ``Kronecker(damping=0.01, memory=160)``: such a sample is many
     observations, and takes less damping and a shorter memory (``docs/results/sequences.md``). With the curvature's
     defaults it is worse than ``Gradient``.
