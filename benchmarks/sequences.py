@@ -89,10 +89,12 @@ def windowed(registration: Registration, length: int, steps: int) -> Task:
 def own_kinds(length: int) -> dict[str, Kind]:
     """DDPNOpt's, by the heading of their column."""
     scaled = float(f"{Kronecker().damping / length:.3g}")
+    by_hand = float(f"{LR / length:.3g}")
     sampled = {"terminal": "sampled", "columns": COLUMNS}
     return {
         "default": Kind("ddpnopt-default", LR, {}),
-        "lr and damping over T": Kind("ddpnopt-default", float(f"{LR / length:.3g}"), {"damping": scaled}),
+        "cap 1": Kind("ddpnopt-default", LR, {"cap": 1.0}),
+        "cap 1, lr and damping over T": Kind("ddpnopt-default", by_hand, {"cap": 1.0, "damping": scaled}),
         "Sampled": Kind("ddpnopt-default", LR, sampled),
         "Sampled, with these": Kind("ddpnopt-default", LR, {**sampled, **ADVICE}),
     }
@@ -133,8 +135,10 @@ def page(arguments: Arguments, registration: Registration, scores: Scores) -> st
     return f"""# Sequences
 
 The loss of a sequence of `T` letters is the mean over its letters. The square of its gradient, which is all that
-`Gradient()`, the default, knows of its curvature, is up to `T` times less than one letter's: steps are too long.
-`lr and damping over T`: `lr = {LR:g} / T` and `Kronecker(damping={Kronecker().damping:g} / T)`, all else by default.
+`Gradient()`, the default, knows of its curvature, is up to `T` times less than one letter's. The default counts the
+letters at the model's output and makes up for it ([derivations](../derivations.md#a-mean-over-many-outputs)).
+`cap 1`: `Gradient(cap=1)`, which does not count them; `lr and damping over T`: with that, `lr = {LR:g} / T` and
+`Kronecker(damping={Kronecker().damping:g} / T)`.
 `Sampled`: the terminal `Sampled(criterion, columns={COLUMNS}, cap=1.0)`, columns of the curvature at every letter;
 `with these`: and `Kronecker(damping={ADVICE["damping"]:g}, memory={ADVICE["memory"]})`.
 

@@ -66,8 +66,11 @@ def controls(optimizer: DDPNOpt) -> list[Tensor]:
 
 
 def step_size(curvature: Curvature, lr: float, samples: int, steps: int) -> float:
-    """What ``M`` is divided by in the batch form: it counts for ``memory`` samples, if it has seen as many."""
-    return 1 / (1 / lr + min(curvature.memory, samples * steps) / samples)
+    """What ``M`` is divided by in the batch form: it counts for ``memory`` samples, if it has seen as many.
+
+    From the first step on, it and the batch count for 320 together.
+    """
+    return 1 / max(1 / lr + min(curvature.memory, samples * steps) / samples, min(curvature.memory, 320) / samples)
 
 
 def frozen_R(

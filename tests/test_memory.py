@@ -38,7 +38,8 @@ def test_a_schedule_scales_what_the_curvature_counts_for(curvature: Curvature, s
     step(optimizer, case)
 
     seen = min(curvature.memory / len(case.x), 3)  # in batches
-    own = share / (1 / lr + seen)
+    first = min(curvature.memory, 320) / len(case.x)
+    own = share / max(1 / lr + seen, first)
     ridge = curvature.ridge(own, 0.0, batch=True)
     states = [(optimizer.state[block.parameters[0]], block.shape) for block in blocks(optimizer)]
     R = [curvature.inverse(state, ridge).to_dense(*shape) / own for state, shape in states]
@@ -68,7 +69,7 @@ def test_every_group_has_its_own_learning_rate_and_batches_may_differ() -> None:
     seen = (len(case.x) + 2) / 2
     R = []
     for block in blocks(optimizer):
-        own = 1 / (1 / rates[block.parameters[0] is last[0]] + seen)
+        own = 1 / max(1 / rates[block.parameters[0] is last[0]] + seen, 320 / 2)
         inverse = curvature.inverse(optimizer.state[block.parameters[0]], curvature.ridge(own, 0.0, batch=True))
         R.append(inverse.to_dense(*block.shape) / own)
     expected = reference.dense_step(functions, before, few.x, end, R=R)
@@ -111,7 +112,7 @@ def distance(ones: list[Tensor], others: list[Tensor]) -> float:
 
 def test_large_learning_rates_are_one() -> None:
     assert distance(moved(4, 1e6), moved(4, 1e9)) < 1e-5
-    assert distance(moved(4, 0.1), moved(4, 1e9)) > 1e-2
+    assert distance(moved(4, 0.01), moved(4, 1e9)) > 1e-2
     assert distance(moved(4, 1e9), moved(4, 1e9, curvature=Kronecker(memory=0))) > 1e-2
 
 

@@ -1,6 +1,7 @@
 """Finding the state at a cut: no cost to a chain, nothing left behind, and plain words where it cannot be told."""
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -452,3 +453,69 @@ def test_a_layer_whose_parameters_are_used_outside_it_gets_all_its_gradient() ->
         for new, old, gradient in zip(model.parameters(), before, gradients, strict=True):
             torch.testing.assert_close((old - new.detach()) / 1e-7, gradient, rtol=1e-4, atol=1e-6)
         optimizer.close()
+
+
+class Weighted(nn.Module):
+    """A layer, a shift, and logarithms of weights for the loss, which no forward pass reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.logs = nn.Linear(4, 2), nn.Parameter(torch.zeros(2))
+        self.shift = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.layer(x) + self.shift
+        return z
+
+
+@pytest.mark.parametrize("form", ["backward", "closure"])
+def test_a_parameter_that_the_loss_alone_reads_is_trained(form: str) -> None:
+    """Learned weights of several losses: their gradient is in no sample's columns."""
+    torch.manual_seed(0)
+    model, x, y = Weighted(), torch.randn(32, 4), torch.randn(32, 2)
+    optimizer = DDPNOpt(model)
+
+    def loss() -> Tensor:
+        found: Tensor = (model(x) - y).square() * torch.exp(-model.logs) + model.logs
+        return found.mean()
+
+    with pytest.warns(UserWarning, match="logs, Parameter: a parameter of it is used outside its own runs"):
+        for _ in range(30):
+            if form == "backward":
+                optimizer.zero_grad()
+                loss().backward()
+                optimizer.step()
+            else:
+                optimizer.step(loss)
+    with torch.no_grad():
+        best = (model(x) - y).square().mean(0).log()  # where the loss is least for these errors
+    torch.testing.assert_close(model.logs.detach(), best, rtol=0.1, atol=0.1)
+    assert "S" in optimizer.state[model.shift]
+
+
+class Gated(nn.Module):
+    """A parameter that reaches the outputs through a gate, 0 at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.gate = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = x + self.gate * self.shift
+        return z
+
+
+def test_a_parameter_without_effect_as_yet_is_its_modules_own() -> None:
+    """Its columns are 0, and a penalty in the loss gives it a gradient."""
+    torch.manual_seed(0)
+    gated, x, y = Gated(), torch.randn(32, 4), torch.randn(32, 2)
+    model = nn.Sequential(nn.Linear(4, 2), gated)
+    optimizer = DDPNOpt(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            optimizer.zero_grad()
+            ((model(x) - y).square().mean() + 1e-3 * gated.shift.square().sum()).backward()
+            optimizer.step()
+    assert not optimizer.state_dict()["refused"]
+    assert float(gated.gate.detach()) != 0

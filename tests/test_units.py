@@ -236,12 +236,27 @@ def test_the_last_cap_is_kept(how: str) -> None:
     assert step(again, model, x, 10 * y, criterion) == pytest.approx(CHANGE * first)
 
 
+@pytest.mark.parametrize("how", ["loaded", "unpickled"])
+def test_a_cap_from_before_outputs_were_counted_is_kept(how: str) -> None:
+    model, x, y = task()
+    optimizer = DDPNOpt(model, 1e-9)
+    first = step(optimizer, model, x, y, Squares())
+    again = DDPNOpt.__new__(DDPNOpt) if how == "unpickled" else DDPNOpt(model, 1e-9)
+    optimizer.close()
+    if how == "unpickled":
+        state = {name: value for name, value in optimizer.__getstate__().items() if name != "_units"}
+        again.__setstate__({**state, "_cap": first, "_closed": False})
+    else:
+        again.load_state_dict({name: value for name, value in optimizer.state_dict().items() if name != "outputs"})
+    assert step(again, model, x, 10 * y, Squares()) == pytest.approx(CHANGE * first)
+
+
 def test_an_optimizer_that_was_pickled_before_there_were_caps() -> None:
     model, x, y = task()
     optimizer = DDPNOpt(model, 1e-9)
     step(optimizer, model, x, y, Squares())
     state = optimizer.__getstate__()
-    older = {name: value for name, value in state.items() if name not in ("_cap", "_clips")} | {"_usual_clip": 0.5}
+    older = {name: value for name, value in state.items() if name not in ("_units", "_clips")} | {"_usual_clip": 0.5}
     again = DDPNOpt.__new__(DDPNOpt)
     again.__setstate__(older)
     optimizer.close()

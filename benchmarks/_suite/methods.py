@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from ddpnopt import DDPNOpt, Gradient, Kronecker, Matched, Sampled
 from ddpnopt.baselines import EKFAC
-from ddpnopt.coupling import default_numbers
+from ddpnopt.coupling import default_numbers, is_joint
+from ddpnopt.task import FIRST
 from ddpnopt.units import settled
 
 from .registration import Method
@@ -106,13 +107,13 @@ def _ddpnopt(
     memory: float = Kronecker.memory,
     terminal: str = "gradient",
     columns: int = 2,
-    cap: float = 1.0,
+    cap: float | None = None,
     **options: Any,
 ) -> Trainer:
     endings: dict[str, Gradient | Matched | Sampled] = {
-        "gradient": Gradient(),
+        "gradient": Gradient(cap="auto" if cap is None else cap),
         "matched": Matched(place.criterion),
-        "sampled": Sampled(place.criterion, columns, cap=cap),
+        "sampled": Sampled(place.criterion, columns, cap=1.0 if cap is None else cap),
     }
     curvature = Kronecker(damping=damping, memory=memory)
     return LossOnly(
@@ -211,19 +212,21 @@ def start(method: Method, place: Place, options: Mapping[str, Any]) -> AtWork:
     return AtWork(BUILDERS[method.name](place, **options), method.scheduled)
 
 
-def defaults(method: Method, options: Mapping[str, Any], *, squared: bool) -> str:
+def defaults(method: Method, options: Mapping[str, Any], *, single: bool) -> str:
     """What a run leaves to the library, written out: a run with other defaults is another run.
 
-    A sample is asked for more than 1 only in the batch form, and only if the loss is no cross-entropy but ``squared``.
+    The batch form alone finds out a loss's units, and nothing new where the loss is a ``single`` cross-entropy.
     """
     if method.package != "ddpnopt":
         return ""
-    terminal = Gradient() if squared and method.name.startswith("ddpnopt") else settled(Gradient(), 1.0)
+    terminal = settled(Gradient(), 1.0) if single or not method.name.startswith("ddpnopt") else Gradient()
     said = f"{Kronecker()!r}, {terminal!r}"
     if BUILDERS[method.name] is not _ddpnopt:
         return said
-    numbers = default_numbers(options.get("coupling", "batch"))
-    return ", ".join([said, *(f"{name} {numbers[name]!r}" for name in numbers if name not in options)])
+    coupling = options.get("coupling", "batch")
+    numbers = default_numbers(coupling)
+    first = [f"first {FIRST}"] if is_joint(coupling) and options.get("memory", Kronecker.memory) else []
+    return ", ".join([said, *first, *(f"{name} {numbers[name]!r}" for name in numbers if name not in options)])
 
 
 def installed(method: str) -> bool:

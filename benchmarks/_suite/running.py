@@ -45,7 +45,7 @@ class Run:
             "method": self.method.name,
             "lr": self.lr,
             "options": dict(self.options),
-            "defaults": defaults(self.method, self.options, squared=self.task.data in tasks.SQUARED),
+            "defaults": defaults(self.method, self.options, single=tasks.single(self.task.data)),
             "seed": self.seed,
         }
 

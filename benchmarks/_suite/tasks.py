@@ -18,7 +18,6 @@ from .registration import Size, Task
 LETTERS = 32  # that the transformer sees, where the name of its data says nothing else
 NOISE = 1.0  # of Friedman's set, the usual one
 EVALUATED_AT_ONCE = 1000
-SQUARED = {"mnist-itself", "friedman"}  # data whose loss is a squared error; others' is a cross-entropy
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Pair, Pair, Pair]
 
@@ -53,6 +52,11 @@ def load(source: str, size: Size, folder: Path | None = None) -> Samples:
     """Load a task's samples, by the name of its data; ValueError where the files are not at hand."""
     name = source if source in _READERS else source.partition("-")[0]  # "shakespeare-128": windows of 128 letters
     return _READERS.get(name, _classes)(source, size, folder)
+
+
+def single(source: str) -> bool:
+    """Whether a sample's loss is one cross-entropy: neither a squared error nor a mean over letters."""
+    return source in data.DATASETS
 
 
 def build(task: Task, size: Size, samples: Samples, seed: int) -> nn.Module:

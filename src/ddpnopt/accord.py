@@ -16,7 +16,7 @@ from .errors import NonFiniteError, StepError
 from .ranks import Ranks, UnreachableError
 
 WELL, FAILED, NOT_FINITE, OVERFLOW = range(4)
-SHORT = 4
+SHORT = 5
 """Numbers in an exchange before the ranks know one another's batches."""
 REASON = 400
 """Longest reason, in bytes."""

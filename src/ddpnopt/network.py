@@ -89,7 +89,7 @@ def read_network(
         model: the model, or ``None`` if the optimizer was given bare parameters.
         group_of: parameter group of each parameter to train; one block never spans two groups.
         stages: modules (or their names) whose input is the whole state; ``None``: every layer is a stage.
-        refused: names of layers and tied parameters whose columns could not be had, with the reason; they are loose.
+        refused: names of layers and parameters whose columns could not be had, with the reason; they are loose.
         held: of the blocks.
 
     Raises:
@@ -108,6 +108,8 @@ def read_network(
         placed.update(own.values())
         for parameter_name in [n for n, p in own.items() if owners_of[p] > 1]:
             shared.setdefault(own.pop(parameter_name), {})[module] = name, parameter_name
+        apart = {n: own.pop(n) for n in list(own) if _join(name, n) in refused}
+        loose += [_loose(_join(name, n), p, refused[_join(name, n)], held) for n, p in apart.items()]
         if reason := refused.get(name) or rule.refuses(module):
             loose += [_loose(_join(name, n), p, reason, held) for n, p in own.items()]
         elif module._parameters:
@@ -154,6 +156,11 @@ def flattened(module: nn.Module) -> list[nn.Module]:
     if not is_sequential(module) or module._parameters:
         return [module]
     return [inner for child in module._modules.values() if child is not None for inner in flattened(child)]
+
+
+def block_name(layer: Layer, block: Block) -> str:
+    """Of a layer's block, by its first parameter."""
+    return _join(layer.name, block.names[0])
 
 
 def _join(module: str, parameter: str) -> str:

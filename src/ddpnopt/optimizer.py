@@ -4,7 +4,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any
 
@@ -42,7 +42,7 @@ from .task import PEAK_LR, Outcome, Task, peak
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .transaction import Transaction
-from .units import is_open, natural_cap, output_sums, settled
+from .units import Units, found_units, is_open, output_sums, settled
 from .wrapped import unwrapped
 
 
@@ -61,8 +61,7 @@ class DDPNOpt(torch.optim.Optimizer):
             ``torch.optim.Optimizer``: parameters without their module get the curvature's step alone.
         lr: step size ``eta`` of ``R = M (1 / eta + memory / batch) + ...``: in the batch form ``Kronecker`` and
             ``EigenKronecker`` have a ``memory`` of 1,280 samples, which bounds the step at small batches and at large
-            learning rates; below the largest one that a group has had, the whole of ``M`` is scaled. Default 0.1; where
-            a sample's loss is a mean over ``T`` tokens, begin with ``0.1 / T`` and ``Kronecker(damping=0.1 / T)``.
+            learning rates; below the largest one that a group has had, the whole of ``M`` is scaled. Default 0.1.
         curvature: ``Kronecker()`` (default), ``EigenKronecker()``, ``Adaptive()`` or ``Identity()``.
         terminal: ``Gradient()`` (default), or ``Matched``, ``Exact``, ``Sampled`` with the loss module.
         coupling: ``"batch"`` (default), the joint problem of all samples, exact; ``"sample"``, the paper's
@@ -161,7 +160,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._failures = 0
         self._skipped = 0
         self._clips = Clips()
-        self._cap: float | None = None
+        self._units: Units | None = None
         self._last: Outcome | None = None
         self._closed = False
         self.traffic = Traffic()  # what this rank has sent
@@ -207,8 +206,9 @@ class DDPNOpt(torch.optim.Optimizer):
             ``"layers"``: for each stage ``"k"``, the length of its open-loop update in the curvature's measure
             ``|du|_R``, ``"feedback"``, that of what ``K dx`` added, and ``"predicted_decrease"``; the sum of these,
             ``"predicted_decrease"`` of the batch's loss, open loop; ``"actual_decrease"``, ``None`` unless the terminal
-            has a criterion; ``"cap"``, the decrease of its own loss asked of every sample, where
-            the step settled it, else ``None``; ``"factorisation_failures"``, how often a factorisation had to be tried
+            has a criterion; where the step settled them, else ``None``: ``"cap"``, the decrease of its own loss asked
+            of every sample, and ``"outputs"``, over how many outputs that loss was taken to be a mean;
+            ``"factorisation_failures"``, how often a factorisation had to be tried
             again since the start; ``"skipped_steps"``, how many steps were left out since the start because something
             was not finite, by ``on_nonfinite="skip"`` or by a GradScaler. Before the first step, and after loading, the
             last of these alone.
@@ -216,12 +216,13 @@ class DDPNOpt(torch.optim.Optimizer):
         if self._last is None:
             return {"skipped_steps": self._skipped}
         layers = {name: figures() for name, figures in self._last.figures.items()}
-        actual = self._last.actual_decrease
+        actual, units = self._last.actual_decrease, self._last.units
         return {
             "layers": layers,
             "predicted_decrease": sum(figures["predicted_decrease"] for figures in layers.values()),
             "actual_decrease": None if actual is None else float(actual),
-            "cap": self._last.cap,
+            "cap": None if units is None else units.cap,
+            "outputs": None if units is None else units.outputs,
             "factorisation_failures": sum(s.get("failures", 0) for s in self.state.values()) + self._failures,
             "skipped_steps": self._skipped,
         }
@@ -326,14 +327,14 @@ class DDPNOpt(torch.optim.Optimizer):
                 )  # fmt: skip
                 if scale is None and self._recorder is not None:
                     task = replace(task, loss_scale=found_scale(task))
-                cap = self._natural_cap(task) if self._leaves_open else None
-                if cap is not None:
-                    task = replace(task, terminal=settled(self.terminal, cap))
+                units = self._found_units(task) if self._leaves_open else None
+                if units is not None:
+                    task = replace(task, terminal=settled(self.terminal, units.cap), outputs=units.outputs or 1.0)
                 outcome = open_loop(task) if self._is_base else closed_loop(task)
                 transaction.check(outcome.states, states)
                 settle(task, outcome)
                 self._shards.keep()
-        outcome.clip, outcome.cap, outcome.samples = clip, cap, sum(accord.counts)
+        outcome.clip, outcome.units, outcome.samples = clip, units, sum(accord.counts)
         return outcome
 
     @property
@@ -341,9 +342,9 @@ class DDPNOpt(torch.optim.Optimizer):
         """Whether steps settle what they ask of a sample: the published forms ask for 1."""
         return is_joint(self.coupling) and is_open(self.terminal) and self.model is not None
 
-    def _natural_cap(self, task: Task) -> float:
+    def _found_units(self, task: Task) -> Units:
         sums = task.accord.total(output_sums(task.passes, self.terminal.reduction, task.loss_scale))
-        return natural_cap(sums, sum(task.accord.counts), self._cap)
+        return found_units(sums, sum(task.accord.counts), self._units)
 
     def _find_ranks(self) -> Ranks:
         """With whom to share the step; the adapted optimizer that needs no columns reads ``.grad``, as torch's do."""
@@ -364,7 +365,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._steps += 1
         self._seen += outcome.samples
         self._clips.settle(outcome.clip)
-        self._cap = outcome.cap
+        self._units = outcome.units
         self._failures += outcome.failures
         self._last = outcome
         self._refused |= outcome.refused
@@ -407,7 +408,8 @@ class DDPNOpt(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
         own: dict[str, Any] = {"steps": self._steps, "samples": self._seen, "skipped_steps": self._skipped}
-        own |= {"refused": dict(self._refused), "usual_clip": self._clips.usual, "cap": self._cap}
+        own |= {"refused": dict(self._refused), "usual_clip": self._clips.usual}
+        own |= {"cap": None, "outputs": None} if self._units is None else asdict(self._units)
         with saving(self, {**own, "curvature": type(self.curvature).__name__}):
             return super().state_dict()
 
@@ -427,12 +429,13 @@ class DDPNOpt(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         self._steps, self._seen = loaded.get("steps", 0), loaded.get("samples", 0)
         self._skipped = loaded.get("skipped_steps", 0)
-        self._clips.usual, self._cap = loaded.get("usual_clip", 1.0), loaded.get("cap")
+        self._clips.usual, cap = loaded.get("usual_clip", 1.0), loaded.get("cap")
+        self._units = None if cap is None else Units(cap, loaded.get("outputs"))
         self._refused = dict(loaded.get("refused", {}))
 
     def __getstate__(self) -> dict[str, Any]:
         options = ["model", "curvature", "terminal", "coupling", "feedback", "stages", "on_nonfinite"]
-        kept = [*options, "_steps", "_seen", "_failures", "_skipped", "_refused", "_clips", "_cap", "_closed"]
+        kept = [*options, "_steps", "_seen", "_failures", "_skipped", "_refused", "_clips", "_units", "_closed"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -444,7 +447,8 @@ class DDPNOpt(torch.optim.Optimizer):
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
             # older ones have none of these
-            self.__dict__.setdefault("_cap", None)
+            cap = self.__dict__.pop("_cap", None)
+            self.__dict__.setdefault("_units", None if cap is None else Units(cap))
             self.__dict__.setdefault("_seen", 0)
             self._clips = copy.copy(self.__dict__.get("_clips", Clips()))
             self._clips.usual = self.__dict__.pop("_usual_clip", self._clips.usual)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -11,8 +12,9 @@ from .columns import Columns, ScaledColumns, over_batches, over_uses
 from .conditions import redrawn
 from .coupling import relinearises
 from .layers import Block, Call, rule_for
+from .layers.generic import reads
 from .linearise import Linearised
-from .network import Layer, Network, Stage, Tied
+from .network import Layer, Network, Stage, Tied, block_name
 from .passes import Run
 from .rollout import Later
 from .task import Outcome, Task
@@ -53,7 +55,7 @@ def blocks_by_stage(
     for stage in ran:
         pairs = []
         for layer in (task.network.layers[index] for index in stage.layers):
-            pairs += read_layer(task, layer, linearised, outcome)
+            pairs += _without_strays(task, layer, read_layer(task, layer, linearised, outcome), linearised, outcome)
             for tied in tied_at.get(layer.module, ()):
                 pairs += read_tied(task, tied, linearised, outcome)
             if stage.module in known and layer.module not in later:
@@ -103,6 +105,37 @@ def read_layer(
             return []
     # a module need not use every parameter it has; one that got no gradient stays, as in torch
     return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
+
+
+def _without_strays(
+    task: Task,
+    layer: Layer,
+    pairs: list[tuple[Block, Columns]],
+    linearised: Sequence[Linearised],
+    outcome: Outcome,
+) -> list[tuple[Block, Columns]]:
+    """Refuse parameters that have a gradient though no output of their module depends on them: the loss does, say."""
+    found = []
+    for block, columns in pairs:
+        if layer.rule.name == "generic" and _is_nought(columns, block) and _has_gradient(task, block):
+            runs = [run for one in linearised for run in one.recorded.runs if run.layer is layer.module]
+            with nullcontext() if task.recorder is None else task.recorder.paused():
+                if not any(reads(layer.module, block, Call(run.args, run.kwargs, ())) for run in runs):
+                    outcome.refused[block_name(layer, block)] = STRAY
+                    continue
+        found.append((block, columns))
+    return found
+
+
+def _is_nought(columns: Columns, block: Block) -> bool:
+    ones = torch.ones(columns.count, columns.batch, dtype=torch.float64, device=block.parameters[0].device)
+    return not bool(columns.weighted(ones).any())
+
+
+def _has_gradient(task: Task, block: Block) -> bool:
+    """Any but 0; on several ranks, which have to agree, any."""
+    gradient = task.gradient(block)
+    return gradient is not None and (task.accord.several or bool(gradient.any()))
 
 
 def read_tied(
@@ -175,7 +208,8 @@ def later_by_stage(
 def name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> None:
     """Refuse layers that have a gradient but no columns: they were used other than by a call on the batch."""
     for layer in task.network.layers:
-        parameters = [p for block in layer.blocks for p in block.parameters if p in task.gradients]
+        blocks = [block for block in layer.blocks if block_name(layer, block) not in outcome.refused]
+        parameters = [p for block in blocks for p in block.parameters if p in task.gradients]
         if layer.name in outcome.refused or not parameters or not read.isdisjoint(parameters):
             continue
         stray = any(run.layer is layer.module and run.stray for one in task.passes for run in one.runs)

@@ -112,7 +112,8 @@ def closed_loop(task: Task) -> Outcome:
             end = of_this_rank(accord, end) if local else end
             value = _value(task.coupling, end.a, end.curved, end.weight)
             terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
-            swept = backward_pass(terms, value, task.curvature, end.curved, feedback=coupled, seen=seen)
+            _, curvature = task.counted()
+            swept = backward_pass(terms, value, curvature, end.curved, feedback=coupled, seen=seen)
             policies = dict(zip(blocks, swept, strict=True))
     for block, gradient in alone.items():
         _move_alone(task, block, gradient, outcome)
@@ -177,9 +178,9 @@ def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchVa
     return kind.terminal(a, curved, weight)
 
 
-def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
+def _terms(task: Task, block: Block, columns: Columns, *, alone: bool = False) -> BlockTerms:
     state, velocity, its_lr = task.own_state(block)
-    settings = task.settings(block)
+    settings = task.settings(block, alone=alone)
     if velocity is not None and its_lr is not None and its_lr < settings.lr:
         # what is carried on is at most the last update itself: the velocity of a step with hardly any lr, and so with
         # hardly any damping, is long
@@ -193,9 +194,10 @@ def _terms(task: Task, block: Block, columns: Columns) -> BlockTerms:
 def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) -> None:
     """A chain of one layer and one sample, whose only column is the whole batch's gradient."""
     one = torch.ones(1, 1, dtype=torch.float64, device=gradient.device)
-    terms = _terms(task, block, DenseColumns(gradient[None, None]))
+    terms = _terms(task, block, DenseColumns(gradient[None, None]), alone=True)
     value = _value(task.coupling, one, 1, 1.0)
-    (policy,) = backward_pass([[terms]], value, task.curvature.without_factors(), 1, feedback=task.feedback)
+    _, curvature = task.counted(alone=True)
+    (policy,) = backward_pass([[terms]], value, curvature, 1, feedback=task.feedback)
     (part,) = policy.blocks
     velocity = _move(block, part, policy.policy.weights(None))
     outcome.states[block.parameters[0]] = _with_velocity(part, velocity)

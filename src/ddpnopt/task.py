@@ -19,11 +19,15 @@ from .network import Network, matrix_of
 from .passes import Pass, wide
 from .terminal import Terminal
 from .trajectory import Recorder
+from .units import Units
 
 VELOCITY, VELOCITY_LR = "velocity", "velocity_lr"
 
 DECAY_LR = 0.1
 """Learning rate up to which decoupled decay grows with it in the joint form, whose steps are bounded as it grows."""
+
+FIRST = 320
+"""Samples that an ``M`` with a memory counts for from the first step on, its ``batch / lr`` included."""
 
 PEAK_LR = "peak_lr"
 """Where a group keeps the largest learning rate it has had, which a schedule is relative to."""
@@ -52,6 +56,7 @@ class Task:
         number: of the step, from 0.
         seen: samples of all steps before.
         accord: with the other ranks; the passes and gradients are those of this rank's samples.
+        outputs: over how many of them a sample's loss is a mean, as far as the joint form is to know.
     """
 
     network: Network
@@ -71,6 +76,7 @@ class Task:
     number: int
     seen: int
     accord: Accord
+    outputs: float = 1.0
 
     def linearised(self, terminal: Terminal) -> tuple[list[Linearised], TerminalValue]:
         """The passes with their columns, and the value at the output, its linear part clipped as the gradients are."""
@@ -79,24 +85,35 @@ class Task:
         found, end = linearise(self.passes, terminal, self.recorder, self.loss, self.number, before, self.loss_scale)
         return found, end if self.clip == 1.0 else replace(end, a=self.clip * end.a)
 
-    def settings(self, block: Block) -> Settings:
-        """Those of a block's group."""
+    def settings(self, block: Block, *, alone: bool = False) -> Settings:
+        """Those of a block's group; ``alone``: of one whose only column is the whole batch's gradient."""
         group = self.groups[self.group_of[block.parameters[0]]]
         lr, gamma, momentum = (float(group[name]) for name in ("lr", "weight_decay", "momentum"))
         joint, highest = is_joint(self.coupling), peak(group)
-        # relative to the highest, or a schedule could not still the steps once the memory outweighs 1 / lr
-        own = lr / (1 + highest * self.past_weight) if joint else lr
+        own = lr
+        if joint:
+            growth, _ = self.counted(alone=alone)
+            past, least = self.past_weight
+            # relative to the highest, or a schedule could not still the steps once the memory outweighs 1 / lr
+            own = lr / (growth * max(1 + highest * past, highest * least))
         if not group["decoupled_weight_decay"]:
             return Settings(own, gamma, 1.0, momentum)
         reach = lr * min(1.0, DECAY_LR / highest) if joint and highest else lr
         return Settings(own, 0.0, 1 / (1 + reach * gamma), momentum)
 
+    def counted(self, *, alone: bool = False) -> tuple[float, Curvature]:
+        """What ``M`` is multiplied by for the number of outputs, and the curvature to take; of a block alone?"""
+        curvature = self.curvature.without_factors() if alone else self.curvature
+        return curvature.for_outputs(self.outputs)
+
     @property
-    def past_weight(self) -> float:
-        """What ``M`` weighs at least beside the batch: remembered samples, over the batch's for a mean loss."""
+    def past_weight(self) -> tuple[float, float]:
+        """What ``M`` weighs at least beside the batch, and with it: remembered samples, over the batch's for a mean."""
         samples = sum(self.accord.counts)
-        remembered = min(self.curvature.memory, self.seen + samples) if samples else 0.0
-        return remembered / (samples if samples and self.terminal.reduction == "mean" else 1)
+        if not samples:
+            return 0.0, 0.0  # bare parameters
+        unit, memory = samples if self.terminal.reduction == "mean" else 1, self.curvature.memory
+        return min(memory, self.seen + samples) / unit, min(memory, FIRST) / unit
 
     def own_state(self, block: Block) -> tuple[State, Tensor | None, float | None]:
         """A block's curvature state, its velocity, and the learning rate that this velocity has moved it by."""
@@ -146,7 +163,7 @@ class Outcome:
         actual_decrease: of the loss on the same batch, where a criterion is known.
         failures: factorisations of the value's curvature that had to be tried again.
         clip: what the gradients were multiplied by after the backward pass.
-        cap: what was asked of every sample, where the step had to settle it.
+        units: what was asked of every sample, where the step had to settle it.
         samples: of the step, on all ranks.
         refused: layers whose rule failed or that were not seen to run, with the reason.
     """
@@ -156,6 +173,6 @@ class Outcome:
     actual_decrease: Tensor | None = None
     failures: int = 0
     clip: float = 1.0
-    cap: float | None = None
+    units: Units | None = None
     samples: int = 0
     refused: dict[str, str] = field(default_factory=dict)

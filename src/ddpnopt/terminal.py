@@ -61,7 +61,9 @@ class Gradient(RankOne):
         cap: decrease of its own loss asked of a sample in one step. ``"auto"`` (default): 1, which suits
             log-likelihoods at their logits and all losses whose gradient at the model's output is as short; in the
             batch form more where it is longer (:mod:`ddpnopt.units`), so that targets in the hundreds and losses summed
-            over many outputs train too. 1 is the paper's.
+            over many outputs train too; and outputs are counted there, for losses that are means over many. They are
+            counted where the model's output leads with the batch: return ``[B, T, classes]``, not ``[B T, classes]``. 1
+            is the paper's, and counts none.
 
     Raises:
         ValueError: if ``reduction`` is neither, or ``cap`` is not a positive number.
@@ -186,7 +188,7 @@ class Sampled(Factored):
     whole ``H``, ``d`` derivatives of the loss and ``B d^2`` memory (:mod:`ddpnopt.output_loss`).
 
     Where the loss is a mean over many outputs of a sample, a sequence's tokens or a picture's pixels, these columns
-    have the curvature at each, and ``Gradient``'s has that along their mean alone. There begin with
+    have the curvature at each, and ``Gradient``'s has that along their mean alone, and their number. There begin with
     ``Sampled(criterion, columns=2, cap=1.0)`` and ``Kronecker(damping=0.01, memory=160)``: such a sample is many
     observations, and takes less damping and a shorter memory (``docs/results/sequences.md``). With the curvature's
     defaults it is worse than ``Gradient``.

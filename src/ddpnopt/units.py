@@ -1,4 +1,4 @@
-"""In which units the loss is: the decrease that a step asks of a sample, where the caller does not say.
+"""In which units a sample's loss is, and over how many outputs it is a mean, where the caller does not say.
 
 A decrease of 1 is much of a log-likelihood, and nothing of a squared error of hundreds or a sum over a picture. The
 gradient ``g`` at the output ``z`` tells: that of a cross-entropy at its logits is no longer than ``sqrt(2)``. One that
@@ -12,15 +12,27 @@ hardly moved by single samples, such as those whose probability is next to 0. A 
 a step that went wrong would hold nothing, and one that fell with every easy batch would be that of the easiest: it
 changes by 5 % a step at most.
 
-All tensors count that the model returns with the batch in front, each with all its gradient, also what it has by way of
-another of them. After ``scaler.unscale_`` and a clip it is the clipped loss's gradient.
+A loss that is a mean over many outputs, a sequence's tokens or a picture's pixels, has gradients whose squares, all
+that ``Gradient`` and the curvature ``M`` made of them know of second derivatives, are too small, up to so many times.
+With ``g_t`` the gradient of one output, which is a group of classes or half of a number,
+
+    outputs = sum over samples (sum_t |g_t|)^2 / (sum over samples |g|^2) / cap,    from 1 to 128,
+
+is ``T`` where ``T`` outputs are equally wrong, and 1 of a single cross-entropy. A sum over outputs is no mean: its
+gradient is long, and so the cap is large. The number changes by 5 % a step at most, too. What a curvature makes of it
+says its ``for_outputs``. Of several tensors that the model returns, features beside logits say, that with the fewest
+counts.
+
+For the cap all tensors count that the model returns with the batch in front, each with all its gradient, also what it
+has by way of another of them. After ``scaler.unscale_`` and a clip it is the clipped loss's gradient.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from .passes import Pass, wide
 from .terminal import Gradient, Matched, Reduction, Terminal
@@ -32,7 +44,23 @@ STEP, SHARE = 2.0, 0.1
 """How far outputs are asked to move, in all and for their size; in units in which a cross-entropy's moves by 1."""
 
 CHANGE = 1.05
-"""Largest ratio of two successive caps."""
+"""Largest ratio of two successive caps, and of two successive numbers of outputs."""
+
+MOST = 128.0
+"""Outputs that are counted at most: what more would do has not been tried, and neighbours are often wrong together."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a step found at the model's output.
+
+    Args:
+        cap: decrease of its own loss to ask of a sample.
+        outputs: over how many the sample's loss is a mean; ``None`` while no gradient has said.
+    """
+
+    cap: float
+    outputs: float | None = None
 
 
 def is_open(terminal: Terminal) -> bool:
@@ -48,7 +76,10 @@ def settled(terminal: Terminal, cap: float) -> Terminal:
 
 
 def output_sums(passes: Sequence[Pass], reduction: Reduction, loss_scale: float) -> list[float]:
-    """Sums over the samples with ``|g| > sqrt(2)``: of ``log(|g| / sqrt(2))``, of ``|g|_1`` and of ``|g z|_1``.
+    """Sums over samples, of what :func:`found_units` needs.
+
+    Over those with ``|g| > sqrt(2)``: of ``log(|g| / sqrt(2))``, of ``|g|_1`` and of ``|g z|_1``; over all: of
+    ``(sum_t |g_t|)^2`` and of ``|g|_2^2`` in the tensor in which a sample's gradient is spread the least.
 
     Args:
         passes: with the gradients of the batch's loss at the model's output, and the output's values.
@@ -56,39 +87,76 @@ def output_sums(passes: Sequence[Pass], reduction: Reduction, loss_scale: float)
         loss_scale: what the batch's loss was multiplied by before its backward pass.
     """
     per_weight = (sum(one.batch for one in passes) if reduction == "mean" else 1.0) / loss_scale
-    sums = [0.0, 0.0, 0.0]
+    sums = [0.0] * 5
     for one in passes:
         found = zip(one.values, one.leaves, one.cotangents, strict=False)
         read = [(x, leaf, g) for x, leaf, g in found if g is not None and g.ndim and len(g) == one.batch]
         if not read:
             continue
-        norms = [torch.linalg.vector_norm(wide(g).reshape(len(g), -1), dim=1) for _, _, g in read]
+        rows = [wide(g).reshape(len(g), -1) for _, _, g in read]
+        norms = [torch.linalg.vector_norm(row, dim=1) for row in rows]
+        sizes = [torch.linalg.vector_norm(row, 1, dim=1) for row in rows]
+        squares = torch.stack([norm.double().square() for norm in norms])
+        spread = torch.stack([_spread(g, size).double().square() for (_, _, g), size in zip(read, sizes, strict=True)])
+        if len(read) > 1:
+            least = torch.where(squares > 0, spread / squares, math.inf).argmin(0, keepdim=True)
+            squares, spread = squares.gather(0, least), spread.gather(0, least)
+        sums[3] += per_weight**2 * float(spread.sum())
+        sums[4] += per_weight**2 * float(squares.sum())
         norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
         length = norm * (per_weight / LONGEST)
         long = length > 1
         if not bool(long.any()):
             continue
         sums[0] += float(length[long].log().sum())
+        sums[1] += per_weight * sum(float(size[long].sum()) for size in sizes)
         for x, leaf, cotangent in read:
-            g = wide(cotangent[long])
-            sums[1] += per_weight * float(g.abs().sum())
             if x._version == leaf.version:  # else it was written into: not what the gradient belongs to
+                g = wide(cotangent[long])
                 # what is masked by an infinite value has no gradient
                 sums[2] += per_weight * float(torch.where(g == 0, 0.0, g * x[long]).abs().sum())
     return sums
 
 
-def natural_cap(sums: Sequence[float], samples: int, last: float | None) -> float:
-    """The decrease to ask of a sample in this step.
+def _spread(g: Tensor, size: Tensor) -> Tensor:
+    """Of every sample's gradient, the sum of its outputs' lengths.
+
+    An output is a group of classes where their gradients add up to zero, as a softmax's do, along the last dimension or
+    the second. Else it is a number, whose ``|g|`` counts half, as that of a class does among all of them.
+
+    Args:
+        g: gradients ``[B, ...]``.
+        size: their ``|g|_1``.
+    """
+    found = size / 2
+    rounding = max(1e-3, 4 * torch.finfo(g.dtype).eps) * size
+    for axis in {1, g.ndim - 1} if g.ndim > 1 else ():
+        left = wide(g).sum(axis).abs().reshape(len(g), -1).sum(1)
+        groups = torch.linalg.vector_norm(wide(g), dim=axis).reshape(len(g), -1).sum(1)
+        found = torch.where(left <= rounding, groups, found)
+    return found
+
+
+def found_units(sums: Sequence[float], samples: int, last: Units | None) -> Units:
+    """The decrease to ask of a sample in this step, and the outputs that its loss is a mean over.
 
     Args:
         sums: see :func:`output_sums`, of all samples.
         samples: their number.
-        last: the cap of the last step; ``None`` before the first.
+        last: what the last step found; ``None`` before the first.
     """
-    logs, absolute, moving = sums
+    logs, absolute, moving, spread, squares = sums
     if not all(map(math.isfinite, sums)):
-        return 1.0 if last is None else last  # the step fails of what is not finite, by its own name
+        return last or Units(1.0)  # the step fails of what is not finite, by its own name
     size = moving / absolute if absolute > 0 else 0.0
     cap = 1 + (math.exp(logs / samples) - 1) * (STEP + SHARE * size) if samples else 1.0
-    return cap if last is None else min(max(cap, last / CHANGE), CHANGE * last)
+    cap = cap if last is None else _near(cap, last.cap)
+    before = None if last is None else last.outputs
+    if squares == 0:
+        return Units(cap, before)
+    outputs = min(max(1.0, spread / squares / cap), MOST)
+    return Units(cap, outputs if before is None else _near(outputs, before))
+
+
+def _near(value: float, last: float) -> float:
+    return min(max(value, last / CHANGE), CHANGE * last)

@@ -68,6 +68,9 @@ class Program:
     reshard: bool | None = None
 
 
+LONG = 0.01
+"""A learning rate at which the batch counts for more than ``M``'s first samples, or twins' would for fewer steps."""
+
 DECAYED = {"momentum": 0.5, "weight_decay": 0.01, "decoupled_weight_decay": False}
 KRONECKER = Kronecker(refresh_every=2, average_every=1)
 PROGRAMS: dict[str, Program] = {
@@ -94,15 +97,17 @@ PROGRAMS: dict[str, Program] = {
     "local, pictures": Program(
         pictures, {"coupling": Batch(local=True), "curvature": Identity(), "lr": 1e-4}, apart=1e-7
     ),
-    "local twins": Program(Residual, {"coupling": Batch(local=True), "momentum": 0.5}, twins=True),
+    "local twins": Program(Residual, {"coupling": Batch(local=True), "momentum": 0.5, "lr": LONG}, twins=True),
     "local twins, pictures": Program(
-        pictures, {"coupling": Batch(local=True), "curvature": KRONECKER, "weight_decay": 0.01}, twins=True
+        pictures, {"coupling": Batch(local=True), "curvature": KRONECKER, "weight_decay": 0.01, "lr": LONG}, twins=True
     ),
     "local twins, adaptive": Program(Residual, {"coupling": Batch(local=True), "curvature": Adaptive()}, twins=True),
     "local twins, eigen": Program(
-        settings={"coupling": Batch(local=True), "curvature": EigenKronecker()}, terminal=lambda c: Exact(c), twins=True
+        settings={"coupling": Batch(local=True), "curvature": EigenKronecker(), "lr": LONG},
+        terminal=lambda c: Exact(c),
+        twins=True,
     ),
-    "local twins, words": Program(Words, {"coupling": Batch(local=True)}, twins=True),
+    "local twins, words": Program(Words, {"coupling": Batch(local=True), "lr": LONG}, twins=True),
     "residual": Program(Residual),
     "residual, adaptive": Program(Residual, {"curvature": Adaptive()}),
     "unread": Program(Unread, {"momentum": 0.5}),
@@ -153,7 +158,9 @@ PROGRAMS: dict[str, Program] = {
     "sharded, micro-batches": Program(Residual, parts=2, empty=False, short=9, shard="children"),
     "sharded, closure": Program(Mixed, form="closure with backward", shard="some"),
     "sharded, pictures": Program(pictures, {"curvature": KRONECKER}, shard="children"),
-    "sharded, local": Program(Residual, {"coupling": Batch(local=True), "momentum": 0.5}, twins=True, shard="children"),
+    "sharded, local": Program(
+        Residual, {"coupling": Batch(local=True), "momentum": 0.5, "lr": LONG}, twins=True, shard="children"
+    ),
 }  # fmt: skip
 
 

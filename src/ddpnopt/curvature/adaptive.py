@@ -1,5 +1,6 @@
 """M = diag(sqrt(E[Q_u * Q_u])): the feedback policy around RMSprop."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from .base import Curvature, State, check_beta, check_damping
 @dataclass(frozen=True)
 class Adaptive(Curvature):
     """``M = diag(sqrt(v) + eps)`` with ``v <- beta v + (1 - beta) Q_u * Q_u`` (Table 2 of the paper).
+
+    In the batch form, where the terminal's cap is ``"auto"`` and a sample's loss is a mean over ``T`` outputs, ``M``
+    counts ``T^(1/2)`` times (:mod:`ddpnopt.units`).
 
     Args:
         beta: weight of the past in ``v``; default 0.99 (``alpha`` of ``torch.optim.RMSprop``).
@@ -42,6 +46,9 @@ class Adaptive(Curvature):
 
     def ridge(self, lr: float, decay: float, *, batch: bool) -> float:
         return lr * (self.damping + decay) if batch else 0.0
+
+    def for_outputs(self, outputs: float) -> tuple[float, Curvature]:
+        return math.sqrt(outputs), self
 
     def advance(self, state: State, columns: Columns | None, gradient: Callable[[], Tensor], ridge: float) -> State:
         g = gradient()

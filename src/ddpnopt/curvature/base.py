@@ -36,6 +36,14 @@ class Curvature(ABC):
     def ridge(self, lr: float, decay: float, *, batch: bool) -> float:
         """What is to be added to ``M`` (see the module's docstring)."""
 
+    def for_outputs(self, outputs: float) -> tuple[float, "Curvature"]:
+        """What ``M`` is to be multiplied by, and the curvature to take, where losses are means over so many outputs.
+
+        Of a mean over ``T`` independent outputs, a gradient is ``sqrt(T)`` times shorter than the loss's curvature lets
+        one think: an ``M`` made of gradients is too small by a power of it that depends on how it is made.
+        """
+        return 1.0, self
+
     @abstractmethod
     def advance(self, state: State, columns: Columns | None, gradient: Callable[[], Tensor], ridge: float) -> State:
         """The state after this step's columns ``U`` and batch gradient ``Q_u [out, fan_in]`` are counted in.

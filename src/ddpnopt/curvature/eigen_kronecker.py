@@ -19,7 +19,7 @@ class EigenKronecker(Curvature):
 
     The paper's Kronecker curvature, after George et al. 2018 (arXiv 1806.03884): ``E`` is the moving average of the
     squared per-sample gradients in the basis. With ``coupling="sample", feedback=False`` this is
-    :class:`ddpnopt.baselines.EKFAC`.
+    :class:`ddpnopt.baselines.EKFAC`. Means over many outputs, which :class:`Kronecker` counts, it does not.
 
     Args:
         damping: ``ridge = lr * (damping + gamma)`` for the batch form, ``gamma`` the stage cost and ``lr`` as
@@ -28,7 +28,8 @@ class EigenKronecker(Curvature):
         beta: weight of the past in the moving averages; default 0.95.
         memory: in the batch form, how many samples ``M`` counts for at least, beside the batch's own and if it has seen
             as many, however large the learning rate: ``R = M (1 / lr + memory / batch) + damping``. It bounds what a
-            single batch can do. Default 1280; 0 leaves ``M / lr``.
+            single batch can do. Default 1280; 0 leaves ``M / lr``. It begins with 320 samples, the batch's
+            ``batch / lr`` included, or ``memory`` if that is less.
 
     Raises:
         ValueError: if an argument is outside its range.

@@ -1,7 +1,8 @@
 """M = S (x) A, separable, damped inside its factors: K-FAC's curvature and the default here."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ STALE = 1.1
 YOUNG = 10
 """Steps by which intervals grow by one: gradients change fastest at first, and so does their second moment."""
 
+GROWTH = 0.75
+"""Power of the number of outputs by which ``M`` grows: 1 would suit independent ones, less those wrong together."""
+
 
 @dataclass(frozen=True)
 class Kronecker(Curvature):
@@ -26,6 +30,9 @@ class Kronecker(Curvature):
     output, both moving averages over steps. For layers without such factors (convolutions, norms, ...) they are
     the moments of the per-sample gradients themselves, scaled to the same trace. A factor wider than eight times
     ``rank`` is kept as its leading directions, and the rest of its trace spread evenly over all others.
+
+    In the batch form, where the terminal's cap is ``"auto"`` and a sample's loss is a mean over ``T`` outputs, tokens
+    or pixels, ``M`` counts ``T^(3/4)`` times and ``damping`` is divided by ``T^(1/2)`` (:mod:`ddpnopt.units`).
 
     Args:
         damping: ``delta`` in ``l1 l2 = lr * (delta + gamma)`` for the batch form, ``gamma`` the stage cost and ``lr``
@@ -41,7 +48,8 @@ class Kronecker(Curvature):
             times as much on layers of 1,000 units.
         memory: in the batch form, how many samples ``M`` counts for at least, beside the batch's own and if it has seen
             as many, however large the learning rate: ``R = M (1 / lr + memory / batch) + damping``. It bounds what a
-            single batch can do. Default 1280; 0 leaves ``M / lr``.
+            single batch can do. Default 1280; 0 leaves ``M / lr``. It begins with 320 samples, the batch's
+            ``batch / lr`` included, or ``memory`` if that is less.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -69,6 +77,9 @@ class Kronecker(Curvature):
 
     def ridge(self, lr: float, decay: float, *, batch: bool) -> float:
         return lr * (self.damping + decay) if batch else self.damping
+
+    def for_outputs(self, outputs: float) -> tuple[float, Curvature]:
+        return outputs**GROWTH, replace(self, damping=self.damping / math.sqrt(outputs))
 
     def advance(self, state: State, columns: Columns | None, gradient: Callable[[], Tensor], ridge: float) -> State:
         assert columns is not None

@@ -27,10 +27,24 @@ class GenericRule(LayerRule):
         gradients = per_sample_gradients(module, parameters, call)
 
         def columns_of(block: Block) -> Columns:
-            values = gradients[block.names[0]].flatten(2).unflatten(2, block.matrix(block.tensors).shape)
+            values = gradients[block.names[0]]
+            values = values.reshape(*values.shape[:2], *block.matrix(block.tensors).shape)
             return DenseColumns(values.to(torch.promote_types(values.dtype, torch.float32)))
 
         return [columns_of(block) for block in blocks]
+
+
+def reads(module: nn.Module, block: Block, call: Call) -> bool:
+    """Whether the module's outputs depend on a block of its own parameters."""
+    own = {name: p.detach().requires_grad_() for name, p in zip(block.names, block.tensors, strict=True)}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # statistics must not move again
+    with torch.enable_grad():
+        out = torch.func.functional_call(module, {**buffers, **own}, call.args, dict(call.kwargs))
+        sums = [leaf.sum() for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not sums:
+        return False
+    found = torch.autograd.grad(sums, list(own.values()), allow_unused=True)
+    return any(gradient is not None for gradient in found)
 
 
 def per_sample_gradients(module: nn.Module, parameters: Parameters, call: Call) -> Parameters:
