@@ -162,12 +162,12 @@ def test_sequences_are_compared_at_several_lengths(
     assert main(words) == 0
     records, page = tmp_path / "records" / "sequences.jsonl", (tmp_path / "sequences.md").read_text()
     runs = [json.loads(line) for line in records.read_text().splitlines()]
-    assert len(runs) == 2 * 2 * (4 + 2 + 2)
+    assert len(runs) == 2 * 2 * (5 + 2 + 2)
     at_4 = [run for run in runs if run["settings"]["task"] == "characters-4"]
     sampled = [run for run in at_4 if {"terminal", "damping"} <= run["settings"]["options"].keys()]
     assert [run["settings"]["seed"] for run in sampled] == [0, 1]
     score = sum(run["result"]["validation"][-1] for run in sampled) / 2
-    assert re.search(rf"\| 4, 3 \|( [*0-9.-]+ \|){{3}} (\*\*)?{score:.1f}", page)
+    assert re.search(rf"\| 4, 3 \|( [*0-9.-]+ \|){{4}} (\*\*)?{score:.1f}", page)
     adam = [run for run in at_4 if run["settings"]["method"] == "adamw"]
     best = max(
         sum(run["result"]["validation"][-1] for run in adam if run["settings"]["lr"] == lr) / 2 for lr in (0.01, 0.1)
