@@ -2,7 +2,7 @@
 
 Run:  python examples/multilabel.py [--optimizer adamw]
 
-What to expect: DDPNOpt ahead at equal epochs, about 96 % of the pictures with all three labels right against 90 %
+What to expect: DDPNOpt ahead at equal epochs, about 95 % of the pictures with all three labels right against 90 %
 after five; a step of it costs several times AdamW's. Neither learning rate was tuned.
 """
 
