@@ -468,13 +468,13 @@ class Weighted(nn.Module):
         return z if self.shift is None else z + self.shift
 
 
-@pytest.mark.parametrize("form", ["backward", "closure"])
+@pytest.mark.parametrize("form", ["backward", "closure", "unscaled"])
 @pytest.mark.parametrize("shifted", [True, False])
 def test_a_parameter_that_the_loss_alone_reads_is_trained(form: str, shifted: bool) -> None:
     """Learned weights of several losses: their gradient is in no sample's columns."""
     torch.manual_seed(0)
     model, x, y = Weighted(shifted), torch.randn(32, 4), torch.randn(32, 2)
-    optimizer = DDPNOpt(model)
+    optimizer, scaler = DDPNOpt(model), torch.amp.GradScaler("cpu", init_scale=256.0)
 
     def loss() -> Tensor:
         found: Tensor = (model(x) - y).square() * torch.exp(-model.logs) + model.logs
@@ -486,8 +486,14 @@ def test_a_parameter_that_the_loss_alone_reads_is_trained(form: str, shifted: bo
                 optimizer.zero_grad()
                 loss().backward()
                 optimizer.step()
-            else:
+            elif form == "closure":
                 optimizer.step(loss)
+            else:
+                optimizer.zero_grad()
+                scaler.scale(loss()).backward()
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
     assert len(warned) == 1
     with torch.no_grad():
         best = (model(x) - y).square().mean(0).log()  # where the loss is least for these errors

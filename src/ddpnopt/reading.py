@@ -55,7 +55,7 @@ def blocks_by_stage(
     for stage in ran:
         pairs = []
         for layer in (task.network.layers[index] for index in stage.layers):
-            pairs += _without_strays(task, layer, read_layer(task, layer, linearised, outcome), linearised, outcome)
+            pairs += without_strays(task, layer, read_layer(task, layer, linearised, outcome), linearised, outcome)
             for tied in tied_at.get(layer.module, ()):
                 pairs += read_tied(task, tied, linearised, outcome)
             if stage.module in known and layer.module not in later:
@@ -107,7 +107,7 @@ def read_layer(
     return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
 
 
-def _without_strays(
+def without_strays(
     task: Task,
     layer: Layer,
     pairs: list[tuple[Block, Columns]],

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import StepError
-from .reading import read_layer, read_tied
+from .reading import read_layer, read_tied, without_strays
 from .task import Outcome, Task
 from .terminal import Gradient
 
@@ -45,7 +45,10 @@ def found_scale(task: Task) -> float:
         return 1.0  # a rank without samples
     pairs: list[tuple[str, Tensor, Tensor]] = []
     linearised, end = task.linearised(Gradient(task.terminal.reduction))
-    read = [(layer.name, read_layer(task, layer, linearised, Outcome())) for layer in task.network.layers]
+    read = []
+    for layer in task.network.layers:
+        own = read_layer(task, layer, linearised, Outcome())
+        read.append((layer.name, without_strays(task, layer, own, linearised, Outcome())))
     read += [(tied.name, read_tied(task, tied, linearised, Outcome())) for tied in task.network.tied]
     for name, (block, columns) in ((name, pair) for name, found in read for pair in found):
         if (held := task.gradient(block)) is not None:

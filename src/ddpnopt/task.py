@@ -102,13 +102,13 @@ class Task:
         return Settings(own, 0.0, 1 / (1 + reach * gamma), momentum)
 
     def counted(self, *, alone: bool = False) -> tuple[float, Curvature]:
-        """What ``M`` is multiplied by for the number of outputs, and the curvature to take; of a block alone?"""
+        """What ``M`` is multiplied by for the number of outputs, and the curvature; ``alone``: see :meth:`settings`."""
         curvature = self.curvature.without_factors() if alone else self.curvature
         return curvature.for_outputs(self.outputs)
 
     @property
     def past_weight(self) -> tuple[float, float]:
-        """What ``M`` weighs at least beside the batch, and with it: remembered samples, over the batch's for a mean."""
+        """Samples that ``M`` remembers beside the batch's, and with them at least; over the batch's for a mean loss."""
         samples = sum(self.accord.counts)
         if not samples:
             return 0.0, 0.0  # bare parameters
