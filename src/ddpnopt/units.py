@@ -96,14 +96,15 @@ def output_sums(passes: Sequence[Pass], reduction: Reduction, loss_scale: float)
         rows = [wide(g).reshape(len(g), -1) for _, _, g in read]
         norms = [torch.linalg.vector_norm(row, dim=1) for row in rows]
         sizes = [torch.linalg.vector_norm(row, 1, dim=1) for row in rows]
-        squares = torch.stack([norm.double().square() for norm in norms])
-        spread = torch.stack([_spread(g, size).double().square() for (_, _, g), size in zip(read, sizes, strict=True)])
+        spreads = [_spread(g, *own) for (_, _, g), *own in zip(read, norms, sizes, strict=True)]
+        norm, least, spread = norms[0], norms[0], spreads[0]
         if len(read) > 1:
-            least = torch.where(squares > 0, spread / squares, math.inf).argmin(0, keepdim=True)
-            squares, spread = squares.gather(0, least), spread.gather(0, least)
-        sums[3] += per_weight**2 * float(spread.sum())
-        sums[4] += per_weight**2 * float(squares.sum())
-        norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
+            several, spread = torch.stack(norms), torch.stack(spreads)
+            norm = several.square().sum(0).sqrt()
+            chosen = torch.where(several > 0, spread / several, math.inf).argmin(0, keepdim=True)
+            least, spread = several.gather(0, chosen)[0], spread.gather(0, chosen)[0]
+        sums[3] += per_weight**2 * float(spread.double().square().sum())
+        sums[4] += per_weight**2 * float(least.double().square().sum())
         length = norm * (per_weight / LONGEST)
         long = length > 1
         if not bool(long.any()):
@@ -118,7 +119,7 @@ def output_sums(passes: Sequence[Pass], reduction: Reduction, loss_scale: float)
     return sums
 
 
-def _spread(g: Tensor, size: Tensor) -> Tensor:
+def _spread(g: Tensor, norm: Tensor, size: Tensor) -> Tensor:
     """Of every sample's gradient, the sum of its outputs' lengths.
 
     An output is a group of classes where their gradients add up to zero, as a softmax's do, along the last dimension or
@@ -126,15 +127,20 @@ def _spread(g: Tensor, size: Tensor) -> Tensor:
 
     Args:
         g: gradients ``[B, ...]``.
+        norm: their ``|g|_2``.
         size: their ``|g|_1``.
     """
     found = size / 2
-    rounding = max(1e-3, 4 * torch.finfo(g.dtype).eps) * size
+    rounding = max(1e-3, 4 * torch.finfo(g.dtype).eps)
     for axis in {1, g.ndim - 1} if g.ndim > 1 else ():
-        left = wide(g).sum(axis).abs().reshape(len(g), -1).sum(1)
-        groups = torch.linalg.vector_norm(wide(g), dim=axis).reshape(len(g), -1).sum(1)
-        found = torch.where(left <= rounding, groups, found)
+        left = _over_rest(wide(g).sum(axis).abs())
+        groups = norm if g.ndim == 2 else _over_rest(torch.linalg.vector_norm(wide(g), dim=axis))
+        found = torch.where(left <= rounding * size, groups, found)
     return found
+
+
+def _over_rest(x: Tensor) -> Tensor:
+    return x if x.ndim == 1 else x.reshape(len(x), -1).sum(1)
 
 
 def found_units(sums: Sequence[float], samples: int, last: Units | None) -> Units:
