@@ -44,6 +44,26 @@ class Unread(nn.Module):
         return nn.functional.linear(torch.tanh(self.first(x)), self.last.weight, self.last.bias)
 
 
+class Heated(nn.Module):
+    """A parameter that the loss alone reads, which finds it at the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.heat = nn.Linear(6, 5), nn.Linear(5, 3), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.last(torch.tanh(self.first(x)))
+        z.heat = self.heat  # type: ignore[attr-defined]
+        return z
+
+
+class Heating(nn.CrossEntropyLoss):
+    """Cross-entropy of heated logits."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return super().forward(output * output.heat.exp(), target)  # type: ignore[attr-defined]
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
 

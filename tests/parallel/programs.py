@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from networks import Mixed, Residual, Unread, Words, conv, mlp, pictures, wide
+from networks import Heated, Heating, Mixed, Residual, Unread, Words, conv, mlp, pictures, wide
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -108,6 +108,8 @@ PROGRAMS: dict[str, Program] = {
         twins=True,
     ),
     "local twins, words": Program(Words, {"coupling": Batch(local=True), "lr": LONG}, twins=True),
+    "read by the loss": Program(Heated, criterion=Heating()),
+    "read by the loss, closure": Program(Heated, criterion=Heating(), form="closure"),
     "residual": Program(Residual),
     "residual, adaptive": Program(Residual, {"curvature": Adaptive()}),
     "unread": Program(Unread, {"momentum": 0.5}),
@@ -201,7 +203,7 @@ def train(program: Program, rank: int = 0, size: int = 1) -> dict[str, Any]:
         settings["terminal"] = program.terminal(criterion)
     optimizer = DDPNOpt(wrapper if program.wrap == "given" else model, **settings)
     for step, (x, y) in enumerate(batches(program)):
-        warnings.filterwarnings("ignore", message=".*it was not seen to run")
+        warnings.filterwarnings("ignore", message=".*(it was not seen to run|is used outside its own runs)")
         own = cut(len(x), rank, size, empty=program.empty and step == EMPTY) if not program.twins else slice(None)
         advance(program, optimizer, wrapper, x[own], y[own])
     return {
