@@ -12,7 +12,7 @@ from .columns import Columns, ScaledColumns, over_batches, over_uses
 from .conditions import redrawn
 from .coupling import relinearises
 from .layers import Block, Call, rule_for
-from .layers.generic import reads
+from .layers.generic import depends_on
 from .linearise import Linearised
 from .network import Layer, Network, Stage, Tied, block_name
 from .passes import Run
@@ -120,7 +120,7 @@ def without_strays(
         if layer.rule.name == "generic" and _is_nought(columns, block) and _has_gradient(task, block):
             runs = [run for one in linearised for run in one.recorded.runs if run.layer is layer.module]
             with nullcontext() if task.recorder is None else task.recorder.paused():
-                if not any(reads(layer.module, block, Call(run.args, run.kwargs, ())) for run in runs):
+                if not any(depends_on(layer.module, block, Call(run.args, run.kwargs, ())) for run in runs):
                     outcome.refused[block_name(layer, block)] = STRAY
                     continue
         found.append((block, columns))

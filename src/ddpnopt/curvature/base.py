@@ -41,6 +41,9 @@ class Curvature(ABC):
 
         Of a mean over ``T`` independent outputs, a gradient is ``sqrt(T)`` times shorter than the loss's curvature lets
         one think: an ``M`` made of gradients is too small by a power of it that depends on how it is made.
+
+        Args:
+            outputs: ``T >= 1``, see :mod:`ddpnopt.units`; at 1 nothing changes.
         """
         return 1.0, self
 

@@ -1,7 +1,8 @@
 """Any other module: the gradients of its own parameters by a functional vjp over samples."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +35,21 @@ class GenericRule(LayerRule):
         return [columns_of(block) for block in blocks]
 
 
-def reads(module: nn.Module, block: Block, call: Call) -> bool:
-    """Whether the module's outputs depend on a block of its own parameters."""
+def depends_on(module: nn.Module, block: Block, call: Call) -> bool:
+    """Whether any output of this run of the module depends on a block of its own parameters."""
     own = {name: p.detach().requires_grad_() for name, p in zip(block.names, block.tensors, strict=True)}
+    with torch.enable_grad():
+        sums = [out.sum() for out in _outputs(module, own, call.args, call.kwargs) if out.requires_grad]
+    found = torch.autograd.grad(sums, list(own.values()), allow_unused=True) if sums else ()
+    return any(gradient is not None for gradient in found)
+
+
+def _outputs(module: nn.Module, parameters: Parameters, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The floating-point tensors that the module returns, run with these parameters for its own."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # statistics must not move again
     with torch.enable_grad():
-        out = torch.func.functional_call(module, {**buffers, **own}, call.args, dict(call.kwargs))
-        sums = [leaf.sum() for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if not sums:
-        return False
-    found = torch.autograd.grad(sums, list(own.values()), allow_unused=True)
-    return any(gradient is not None for gradient in found)
+        out = torch.func.functional_call(module, {**buffers, **parameters}, tuple(args), dict(kwargs))
+    return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def per_sample_gradients(module: nn.Module, parameters: Parameters, call: Call) -> Parameters:
@@ -67,10 +72,7 @@ def per_sample_gradients(module: nn.Module, parameters: Parameters, call: Call) 
         own = iter(rows)
         filled = [next(own) if per_sample else leaf for leaf, per_sample in zip(leaves, batched, strict=True)]
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # statistics must not move again
-        with torch.enable_grad():
-            out = torch.func.functional_call(module, {**buffers, **parameters}, args, kwargs)
-        tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        tensors = _outputs(module, parameters, args, kwargs)
         return [tensors[i] for i in used]
 
     def pulled(rows: list[Tensor], v: list[Tensor]) -> Parameters:
