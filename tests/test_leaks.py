@@ -136,6 +136,7 @@ def test_activations_are_gone_when_step_returns() -> None:
     training = Training("plain")
     training.step()
     training.step()  # momentum's first drift is the second step's
+    training.optimizer.zero_grad(set_to_none=False)
     before = live()
     loss = training.loss()
     loss.backward()

@@ -19,7 +19,7 @@ ORDER = [
     "errors", "ranks", "accord", "linalg", "inverse", "columns", "sharded", "curvature", "layers", "value",
     "bellman", "network", "compiled", "conditions", "passes", "output_loss", "terminal", "inbox", "units", "finite",
     "cuts", "hooks", "state", "wrapped", "trajectory", "linearise", "joined", "relinearise", "rollout",
-    "transaction", "dense", "coupling", "task", "reading", "sharing", "steps", "evaluation", "options",
+    "transaction", "dense", "coupling", "task", "reading", "stage_cost", "sharing", "steps", "evaluation", "options",
     "persistence", "scaling", "clipping", "report", "optimizer",
 ]  # fmt: skip
 

@@ -148,16 +148,6 @@ def test_gradients_replaced_by_multiples_are_those_multiplied_in_place() -> None
     assert torch.equal(clipped_by(1.0, {}, replaced), clipped_by(1.0, {}, halved))
 
 
-@pytest.mark.parametrize("value", [1e-4, 0.0])
-def test_gradients_changed_by_several_factors_reach_no_layer_and_a_warning_says_so(value: float) -> None:
-    def edit(model: nn.Module) -> None:
-        torch.nn.utils.clip_grad_value_(list(model.parameters())[:1], value)
-
-    with pytest.warns(UserWarning, match="not all by one factor"):
-        edited = clipped_by(1.0, {}, edit)
-    assert torch.equal(edited, clipped_by(1.0, {}))
-
-
 def test_clipping_inside_the_closure_and_over_micro_batches() -> None:
     def weights(inside: bool) -> list[Tensor]:
         torch.manual_seed(5)
@@ -507,7 +497,7 @@ def test_gradients_changed_by_different_factors_hide_the_scale() -> None:
         gradient = case.model[2].weight.grad
         assert isinstance(gradient, Tensor)
         change(gradient)
-        with pytest.raises(StepError, match=r"the gradients of (0|2|4) are not the recorded ones"):
+        with pytest.raises(StepError, match="not those of the backward pass times one factor"):
             scaler.step(optimizer)
         scaler.update(1024.0)
     assert equal([p.detach() for p in case.model.parameters()], before)

@@ -18,7 +18,7 @@ class Settings:
 
     Args:
         lr: step size ``eta``.
-        decay: of the stage cost ``decay / 2 |u|^2``.
+        decay: curvature of the stage cost, ``decay / 2 |u|^2`` if nothing but weight decay costs.
         kept: share of the weights that decoupled decay leaves, before the policy moves them.
         momentum: weight of the last update, a drift: ``R`` is centred on ``u - lr momentum v``.
     """
@@ -35,7 +35,7 @@ class BlockTerms:
 
     Args:
         columns: its parameter gradients.
-        control: ``u [out, fan_in]``; ``None`` without decay, where nobody asks for it.
+        cost: gradient ``l_u [out, fan_in]`` of the stage cost; ``None`` without one.
         velocity: momentum buffer ``[out, fan_in]``, in units of ``M^-1 Q_u``; ``None`` before the first step or
             without momentum.
         settings: numbers of its group.
@@ -44,7 +44,7 @@ class BlockTerms:
     """
 
     columns: Columns
-    control: Tensor | None
+    cost: Tensor | None
     velocity: Tensor | None
     settings: Settings
     state: State
@@ -58,7 +58,7 @@ class BlockPolicy:
     Args:
         terms: what the block brought.
         inverse: ``M^-1``, damping included.
-        offset: ``M^-1`` times the stage cost's gradient, ``[out, fan_in]``; ``None`` without decay.
+        offset: ``M^-1`` times the stage cost's gradient, ``[out, fan_in]``; ``None`` without one.
         state: the curvature's, this step counted in.
     """
 
@@ -182,20 +182,18 @@ def block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal:
     sample = value if isinstance(value, SampleValue) else None
     lr, decay = terms.settings.lr, terms.settings.decay
     ridge = curvature.ridge(lr, decay, batch=sample is None)
-    cost = decay * terms.control if decay and terms.control is not None else None
-
     seen = terms.columns if terms.seen is None else terms.seen
 
     def gradient() -> Tensor:
         own = seen.weighted(nominal if sample is None else sample.v_x)
-        return own if cost is None else own + cost
+        return own if terms.cost is None else own + terms.cost
 
     columns = None
     if curvature.needs_columns:
         columns = seen.first(curved) if sample is None else seen.combined(sample.a)
     state = curvature.advance(terms.state, columns, gradient, ridge)
     inverse = curvature.inverse(state, ridge)
-    return BlockPolicy(terms, inverse, None if cost is None else inverse.solve(cost), state)
+    return BlockPolicy(terms, inverse, None if terms.cost is None else inverse.solve(terms.cost), state)
 
 
 def gram_and_cost(blocks: Sequence[BlockPolicy], *, joint: bool) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,6 @@ Loops made for Adam clip most of their steps, which Adam does not notice: a fact
 its steps. Here too it is only a factor below the usual one that shortens a step.
 """
 
-import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -16,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import StepError
+
 ENTRIES = 64
 """Of each gradient, about as many are remembered."""
 
-NO_FACTOR = (
-    "gradients were changed after the backward pass, and not all by one factor. The layers' steps come from their "
-    "samples' columns, which a common factor (clip_grad_norm_ of all parameters) reaches and other changes do not"
+NO_SCALE = (
+    "after scaler.unscale_(optimizer) the gradients are not those of the backward pass times one factor, so the scale "
+    "cannot be told: change all gradients by one factor, as clip_grad_norm_ does, or leave out scaler.unscale_"
 )
 
 KEPT = 0.9
@@ -44,12 +45,19 @@ class Witness:
         ]
         self.close = weakref.finalize(self, _remove, handles)
 
-    def factor(self) -> float | None:
-        """What all gradients were multiplied by since; 1 if nothing is known, ``None`` if there is no such number."""
+    def watches_as(self, other: "Witness") -> bool:
+        """Whether both watch the same parameters."""
+        return set(self._parameters) == set(other._parameters)
+
+    def factor(self, *, unseen: bool = False) -> float | None:
+        """What all gradients were multiplied by since; 1 if nothing is known, ``None`` if there is no such number.
+
+        ``unseen``: torch may not have counted the change, as a GradScaler's.
+        """
         known = [
             (p.grad, left) for p, left in zip(self._parameters, self._left, strict=True) if left and p.grad is not None
         ]
-        if all(_place(gradient) == place for gradient, (place, _) in known):
+        if not unseen and all(_place(gradient) == place for gradient, (place, _) in known):
             return 1.0
         return _common([(_entries(gradient), entries) for gradient, (_, entries) in known])
 
@@ -67,21 +75,33 @@ class Clips:
 
     def __init__(self) -> None:
         self.usual = 1.0
-        self._warned = False
         self._witness: Witness | None = None
 
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
-        """From now on watch these parameters' gradients, and no others."""
-        self.close()
-        self._witness = Witness(parameters)
+        """From now on watch these parameters' gradients, and no others; what was seen of the same ones stays."""
+        witness = Witness(parameters)
+        if self._witness is not None and self._witness.watches_as(witness):
+            witness.close()
+        else:
+            self.close()
+            self._witness = witness
 
-    def factor(self) -> float:
-        """What all gradients were multiplied by since the backward pass; 1, with one warning, if there is no number."""
-        found = self._witness.factor() if self._witness is not None else 1.0
-        if found is None and not self._warned:
-            self._warned = True
-            warnings.warn(NO_FACTOR, stacklevel=6)
-        return 1.0 if found is None else found
+    def factor(self) -> float | None:
+        """What all gradients were multiplied by since the backward pass; ``None`` if there is no such number."""
+        return 1.0 if self._witness is None else self._witness.factor()
+
+    def scale(self) -> float:
+        """What the loss was multiplied by, where ``scaler.unscale_`` has divided the gradients by it since.
+
+        A clip that has followed cannot be told from it: by a factor ``c``, and this is the scale over ``c``.
+
+        Raises:
+            StepError: if there is no such number.
+        """
+        found = self._witness.factor(unseen=True) if self._witness is not None else None
+        if found is None or found <= 0:
+            raise StepError(NO_SCALE)
+        return 1 / found
 
     def shortening(self, factor: float) -> float:
         """What a step is multiplied by: the clip's factor over the usual one, at most 1."""

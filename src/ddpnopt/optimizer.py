@@ -35,8 +35,9 @@ from .options import (
 from .persistence import loading, saving, with_numbers
 from .ranks import Ranks, Traffic, find_ranks
 from .report import Report, describe
-from .scaling import found_scale, told_scale
+from .scaling import told_scale
 from .sharded import Shards, gathered
+from .stage_cost import any_known, is_due
 from .steps import closed_loop, open_loop, settle
 from .task import PEAK_LR, Outcome, Task, peak
 from .terminal import Gradient, Terminal
@@ -191,13 +192,11 @@ class DDPNOpt(torch.optim.Optimizer):
         owned = self.model.named_parameters() if self.model is not None else ()
         frozen = {name: p for name, p in owned if p not in self._group_of}
         names = {parameter: name for name, parameter in self._names.items()}
-        columns = not self._is_base or self.curvature.needs_columns
         mixing = [n for n, m in self.model.named_modules() if mixes_samples(m)] if self.model is not None else []
         on = f"off while {mixing[0]} takes its statistics from the batch" if mixing else "on"
         feedback = on if self.feedback else "off"
-        return describe(
-            self._network, self.curvature, str(self.coupling), names, frozen, feedback=feedback, columns=columns
-        )
+        reads, form = self._reads_columns, str(self.coupling)
+        return describe(self._network, self.curvature, form, names, frozen, feedback=feedback, columns=reads)
 
     def diagnostics(self) -> dict[str, Any]:
         """Figures of the last step.
@@ -273,6 +272,10 @@ class DDPNOpt(torch.optim.Optimizer):
         """Whether this is the optimizer that is adapted, and no more: SGD, RMSprop or EKFAC."""
         return not is_joint(self.coupling) and not self.feedback
 
+    @property
+    def _reads_columns(self) -> bool:
+        return not self._is_base or self.curvature.needs_columns
+
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         accord, loss = Accord(self._find_ranks()), None
         try:
@@ -297,7 +300,7 @@ class DDPNOpt(torch.optim.Optimizer):
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Evaluated:
         needs_graph = self.terminal.needs_loss and not self._is_base
-        every = self._is_base
+        every = self._is_base or self._looks or any_known(self.state)
         return evaluate(
             closure, self._recorder, self._network, list(self._group_of), every=every, keep_graph=needs_graph
         )
@@ -306,11 +309,14 @@ class DDPNOpt(torch.optim.Optimizer):
         """Move the weights, or raise and leave them."""
         network = self._network if self._recorder is not None else None
         gradients = found.unscaled(1.0 if scale is None else scale)
-        # after unscale_ the scale is found together with a clip; on several ranks .grad is of a rank's own samples
-        clip = 1.0 if scale is None or accord.several else self._clips.factor()
+        factor = 1.0 if scale is None or self._is_base else self._clips.factor()
+        if scale is None:  # with the factor of a clip that has followed
+            scale = self._clips.scale() if self._reads_columns and any(p.batch for p in found.passes) else 1.0
+        # on several ranks .grad is of a rank's own samples, whose length is not that of the batch's gradient
+        clip = 1.0 if factor is None or accord.several else factor
         shorter = self._clips.shortening(clip)
-        if shorter != clip and not self._is_base:  # parameters outside the layers go by .grad
-            gradients = {p: gradient * (shorter / clip) for p, gradient in gradients.items()}
+        if factor and shorter != factor and not self._is_base:
+            gradients = {p: gradient * (shorter / factor) for p, gradient in gradients.items()}
         with Transaction(self._names, self.model, found.passes, gradients, self._room, self._shards) as transaction:
             empty = accord.several and self._recorder is not None and found.empty(self._recorder)
             check_evaluated(found, network, empty=empty)
@@ -323,10 +329,9 @@ class DDPNOpt(torch.optim.Optimizer):
                 task = Task(
                     self._network, self.param_groups, self._group_of, states, self.curvature, self.terminal,
                     self.coupling, self.feedback, self._recorder, passes, {} if empty else gradients, found.graph,
-                    scale or 1.0, shorter, self._steps, self._seen, accord,
+                    scale, shorter, self._steps, self._seen, accord, looks=self._looks or factor is None,
+                    edited=factor is None,
                 )  # fmt: skip
-                if scale is None and self._recorder is not None:
-                    task = replace(task, loss_scale=found_scale(task))
                 units = self._found_units(task) if self._leaves_open else None
                 if units is not None:
                     task = replace(task, terminal=settled(self.terminal, units.cap), outputs=units.outputs or 1.0)
@@ -342,13 +347,18 @@ class DDPNOpt(torch.optim.Optimizer):
         """Whether steps settle what they ask of a sample: the published forms ask for 1."""
         return is_joint(self.coupling) and is_open(self.terminal) and self.model is not None
 
+    @property
+    def _looks(self) -> bool:
+        """Whether this step compares all gradients with the columns; sharded ones are of all ranks' samples."""
+        return not (self._is_base or self._shards) and is_due(self._steps)
+
     def _found_units(self, task: Task) -> Units:
         sums = task.accord.total(output_sums(task.passes, self.terminal.reduction, task.loss_scale))
         return found_units(sums, sum(task.accord.counts), self._units)
 
     def _find_ranks(self) -> Ranks:
         """With whom to share the step; the adapted optimizer that needs no columns reads ``.grad``, as torch's do."""
-        if self.model is None or (self._is_base and not self.curvature.needs_columns) or not self._group_of:
+        if self.model is None or not self._reads_columns or not self._group_of:
             return Ranks()
         found = find_ranks(self._group, next(iter(self._group_of)).device)
         found.traffic = self.traffic
@@ -384,10 +394,9 @@ class DDPNOpt(torch.optim.Optimizer):
             # the dense form starts from the gradient at the model's output
             outputs = [self.model] if isinstance(self.coupling, Dense) else []
             whole = self.stages is None and self.feedback and not outputs and not is_chain(self.model)
-            reads = not self._is_base or self.curvature.needs_columns
             self._recorder = Recorder(
                 self.model, [*layers, *outputs], stages, self.terminal.criterion,
-                whole_state=whole, values=self._leaves_open, local_gradients=reads, shards=self._shards,
+                whole_state=whole, values=self._leaves_open, local_gradients=self._reads_columns, shards=self._shards,
             )  # fmt: skip
             weakref.finalize(self, self._recorder.close)
 
@@ -402,7 +411,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._network: Network = read_network(self.model, self._group_of, self.stages, self._refused, self._shards.held)
         self._names = named(self._group_of, self.param_groups, self.model)
         self._room: list[torch.Tensor] = []
-        if self.model is not None and not self._is_base and not self._shards:
+        if self.model is not None and self._reads_columns and not self._shards:
             self._clips.watch(self._group_of)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From recorded passes to the columns of every stage's blocks, and what is refused on the way."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -159,6 +159,15 @@ def read_tied(
         )
         return []
     return [(tied.block, over_uses(uses))]
+
+
+def read_all(task: Task, linearised: Sequence[Linearised]) -> Iterator[tuple[Block, Columns]]:
+    """Every block that has columns; what is refused on the way is not told."""
+    for layer in task.network.layers:
+        own = read_layer(task, layer, linearised, Outcome())
+        yield from without_strays(task, layer, own, linearised, Outcome())
+    for tied in task.network.tied:
+        yield from read_tied(task, tied, linearised, Outcome())
 
 
 def _later_columns(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from .finite import all_finite
 from .layers import Block
 from .linearise import TerminalValue
 from .network import Network
+from .stage_cost import StageCosts
 from .terminal import Reduction
 
 Found = tuple[int, Block, Columns]
@@ -32,12 +33,14 @@ class Shared:
         alone: gradients of the batch's loss, of the blocks without columns.
         end: the value at the output; ``None`` without a pass.
         whole: whether the batch can go through the model a second time.
+        costs: the stage costs of blocks with columns.
     """
 
     found: Sequence[Found]
     alone: dict[Block, Tensor]
     end: TerminalValue | None
     whole: bool
+    costs: StageCosts = field(default_factory=StageCosts)
 
 
 def share(
@@ -64,11 +67,13 @@ def share(
     parcels = [(at, index[block.parameters[0]], *taken_apart(columns)) for at, block, columns in own.found]
     a = torch.empty(0, dtype=torch.float64) if own.end is None else own.end.a.detach().double().cpu()
     tensors = [a, *(tensor for *_, parts in parcels for tensor in parts)]
-    if not all_finite([*tensors, *own.alone.values()]):
+    if not all_finite([*tensors, *own.alone.values(), *own.costs.gradients.values()]):
         raise NonFiniteError("the columns of the batch are not finite")
     said = {
         "moves": [[at, i, label.told()] for at, i, label, _ in parcels],
         "alone": [index[block.parameters[0]] for block in own.alone],
+        "costs": [index[block.parameters[0]] for block in own.costs.gradients],
+        "edited": own.costs.edited,
         "end": None if own.end is None else [len(a), own.end.curved],
         "whole": own.whole,
     }
@@ -86,8 +91,10 @@ def share(
         8 * count * n + sum(label.nbytes for label in of) if n else 0 for n, of in zip(counts, moving, strict=True)
     ]
     received = accord.ranks.gather(as_bytes([tensor.cpu() for tensor in sent]), sizes)
-    unread = sorted({i for plan in plans for i in plan["alone"]})
+    unread, costing = (sorted({i for plan in plans for i in plan[of]}) for of in ("alone", "costs"))
     gradients = _summed(accord, own.alone, [blocks[i] for i in unread], reduction)
+    costs = _summed(accord, own.costs.gradients, [blocks[i] for i in costing], reduction)
+    edited = any(plan["edited"] for plan in plans)
     accord.expect(1 + max(0 if local else count * max(counts), 1))  # a stage and deviations
 
     opened = [_opened(received[q].to(device), count, moving[q], counts[q]) for q in filled]
@@ -103,7 +110,7 @@ def share(
         found.append((at, blocks[i], columns))
     weight = 1 / sum(counts) if reduction == "mean" else 1.0
     end = TerminalValue(torch.cat([a for a, _ in opened], 1), curved, weight) if first["end"] else None
-    return Shared(found, gradients, end, all(plans[q]["whole"] for q in filled))
+    return Shared(found, gradients, end, all(plans[q]["whole"] for q in filled), StageCosts(costs, edited))
 
 
 def _opened(data: Tensor, count: int, labels: Sequence[Label], batch: int) -> tuple[Tensor, list[Columns]]:

@@ -5,7 +5,9 @@ is closed: columns, backward pass over stages, second forward pass.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,10 +23,11 @@ from .layers import Block
 from .linearise import Linearised, TerminalValue
 from .network import Stage, matrix_of
 from .passes import floating, wide
-from .reading import blocks_by_stage, later_by_stage, let_go, name_the_silent, read_layer, read_tied
+from .reading import blocks_by_stage, later_by_stage, let_go, name_the_silent, read_all, read_layer, read_tied
 from .relinearise import met
 from .rollout import forward_pass, restore_overwritten
 from .sharing import Found, Shared, averaged, gathered_deviation, meet_at, of_this_rank, share
+from .stage_cost import StageCosts, parted, rounding, stage_costs, with_curvature
 from .task import VELOCITY, VELOCITY_LR, Outcome, Task
 from .terminal import Gradient
 from .value import BatchPolicy, BatchValue, Policy, SampleValue
@@ -79,22 +82,26 @@ def closed_loop(task: Task) -> Outcome:
     policies: dict[Stage, StagePolicy] = {}
     blocks: dict[Stage, list[tuple[Block, Columns]]] = {}
     end: TerminalValue | None = None
+    costs = StageCosts()
     coupled = task.coupled()
     if task.passes and task.recorder is not None:
         linearised, end = task.linearised(task.terminal)
+        noise = rounding(task.passes) if task.looks else 0.0
         for one in linearised:
             restore_overwritten(one.recorded, task.recorder)
             if coupled:
                 one.keep_products()
         if isinstance(task.coupling, Dense):
+            costs = stage_costs(task, read_all(task, linearised), end, noise)
             with task.recorder.paused():
                 one, blocks, policies = sweep(
                     task.coupling, task.network, linearised, end, task.curvature,
-                    model=task.recorder.model, terms_of=partial(_terms, task),
+                    model=task.recorder.model, terms_of=partial(_terms, task, costs),
                 )  # fmt: skip
             linearised = [one]
         else:
             blocks = blocks_by_stage(task, linearised, outcome)
+            costs = stage_costs(task, chain.from_iterable(blocks.values()), end, noise)
     whole = joined(linearised) if len(blocks) > 1 and coupled else None
     later = later_by_stage(task, linearised, blocks) if whole is not None else {}
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
@@ -102,16 +109,16 @@ def closed_loop(task: Task) -> Outcome:
     alone = task.block_gradients(read)
     if not isinstance(task.coupling, Dense):
         found = [(stages.index(stage), *pair) for stage, pairs in blocks.items() for pair in pairs]
-        own = Shared(found, alone, end, whole is not None)
+        own = Shared(found, alone, end, whole is not None, costs)
         rounded = rounds(task.coupling)
         shared = share(accord, task.network, own, task.terminal.reduction, local=local, rounded=rounded)
-        blocks, alone, end = _by_stage(stages, shared.found), shared.alone, shared.end
+        blocks, alone, end, costs = _by_stage(stages, shared.found), shared.alone, shared.end, shared.costs
         whole = whole if shared.whole else None
         if end is not None:
             seen = end.weight * end.a if local else None
             end = of_this_rank(accord, end) if local else end
             value = _value(task.coupling, end.a, end.curved, end.weight)
-            terms = [[_terms(task, block, columns) for block, columns in blocks[stage]] for stage in blocks]
+            terms = [[_terms(task, costs, block, columns) for block, columns in blocks[stage]] for stage in blocks]
             _, curvature = task.counted()
             swept = backward_pass(terms, value, curvature, end.curved, feedback=coupled, seen=seen)
             policies = dict(zip(blocks, swept, strict=True))
@@ -178,23 +185,33 @@ def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchVa
     return kind.terminal(a, curved, weight)
 
 
-def _terms(task: Task, block: Block, columns: Columns, *, alone: bool = False) -> BlockTerms:
+def _terms(task: Task, costs: StageCosts, block: Block, columns: Columns, *, alone: bool = False) -> BlockTerms:
     state, velocity, its_lr = task.own_state(block)
+    state, past = parted(state)
     settings = task.settings(block, alone=alone)
     if velocity is not None and its_lr is not None and its_lr < settings.lr:
         # what is carried on is at most the last update itself: the velocity of a step with hardly any lr, and so with
         # hardly any damping, is long
         velocity = velocity * (its_lr / settings.lr)
-    control = wide(matrix_of(block, block.tensors)) if settings.decay else None
+    cost = costs.gradients.get(block)
+    if settings.decay or cost is not None:
+        control = wide(matrix_of(block, block.tensors))
+        decay = settings.decay * control
+        if cost is None:
+            cost = decay
+        else:
+            own, kept = with_curvature(control, cost, past, edited=costs.edited)
+            settings, state = replace(settings, decay=settings.decay + own), {**state, **kept}
+            cost = cost + decay
     if isinstance(columns, SpreadColumns) and is_local(task.coupling):
-        return BlockTerms(columns.own, control, velocity, settings, state, seen=columns)
-    return BlockTerms(columns, control, velocity, settings, state)
+        return BlockTerms(columns.own, cost, velocity, settings, state, seen=columns)
+    return BlockTerms(columns, cost, velocity, settings, state)
 
 
 def _move_alone(task: Task, block: Block, gradient: Tensor, outcome: Outcome) -> None:
     """A chain of one layer and one sample, whose only column is the whole batch's gradient."""
     one = torch.ones(1, 1, dtype=torch.float64, device=gradient.device)
-    terms = _terms(task, block, DenseColumns(gradient[None, None]), alone=True)
+    terms = _terms(task, StageCosts(), block, DenseColumns(gradient[None, None]), alone=True)
     value = _value(task.coupling, one, 1, 1.0)
     _, curvature = task.counted(alone=True)
     (policy,) = backward_pass([[terms]], value, curvature, 1, feedback=task.feedback)

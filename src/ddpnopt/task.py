@@ -57,6 +57,8 @@ class Task:
         seen: samples of all steps before.
         accord: with the other ranks; the passes and gradients are those of this rank's samples.
         outputs: over how many of them a sample's loss is a mean, as far as the joint form is to know.
+        looks: whether to compare all gradients with the columns (:mod:`ddpnopt.stage_cost`).
+        edited: whether the gradients were changed by hand, and not by one factor; ``looks`` then, too.
     """
 
     network: Network
@@ -77,6 +79,8 @@ class Task:
     seen: int
     accord: Accord
     outputs: float = 1.0
+    looks: bool = False
+    edited: bool = False
 
     def linearised(self, terminal: Terminal) -> tuple[list[Linearised], TerminalValue]:
         """The passes with their columns, and the value at the output, its linear part clipped as the gradients are."""
@@ -128,7 +132,7 @@ class Task:
         if any(p not in self.gradients for p in block.parameters):
             return None
         gradients = [self.gradients[p] for p in block.parameters]
-        if any(gradient.is_meta for gradient in gradients):
+        if self.recorder is not None and self.recorder.shards and any(gradient.is_meta for gradient in gradients):
             raise StepError(
                 f"the gradient of a parameter of shape {tuple(block.parameters[0].shape)} was not kept: it is sharded, "
                 "and was read off its layer's runs in one micro-batch and not in another"

@@ -46,6 +46,7 @@ class Program:
         empty: whether a rank goes without samples once.
         short: samples of the last batch that is a short one.
         twins: every rank has all samples.
+        penalty: ``gamma`` of ``gamma / 2 |u|^2`` in the loss.
         apart: how far weights may be from those of one process.
         shard: the model's children (``"children"``), the first of them (``"first"``) or none (``"root"``) are sharded
             each by itself, the rest with the model; ``"some"``: the first, and the rest is not.
@@ -63,6 +64,7 @@ class Program:
     empty: bool = True
     short: int = 6
     twins: bool = False
+    penalty: float = 0.0
     apart: float = 1e-10
     shard: str = ""
     reshard: bool | None = None
@@ -110,6 +112,10 @@ PROGRAMS: dict[str, Program] = {
     "local twins, words": Program(Words, {"coupling": Batch(local=True), "lr": LONG}, twins=True),
     "read by the loss": Program(Heated, criterion=Heating()),
     "read by the loss, closure": Program(Heated, criterion=Heating(), form="closure"),
+    "penalty": Program(Residual, penalty=0.1),
+    "penalty, closure": Program(Residual, {"curvature": Adaptive()}, penalty=0.1, form="closure"),
+    "penalty, a wrapper": Program(pictures, penalty=0.1, wrap="given", parts=2, empty=False),
+    "penalty, unscaled": Program(penalty=0.1, form="unscaled", steps=4),
     "residual": Program(Residual),
     "residual, adaptive": Program(Residual, {"curvature": Adaptive()}),
     "unread": Program(Unread, {"momentum": 0.5}),
@@ -232,6 +238,11 @@ def whole(model: nn.Module) -> list[Tensor]:
 def advance(program: Program, optimizer: DDPNOpt, model: Any, x: Tensor, y: Tensor) -> None:
     """One step of a loop."""
     criterion = program.criterion
+
+    def penalty() -> Tensor:
+        squares = (p.square().sum() for group in optimizer.param_groups for p in group["params"])
+        return program.penalty / 2 * sum(squares, torch.zeros(())) if program.penalty else torch.zeros(())
+
     if program.form == "backward":
         optimizer.zero_grad()
         pieces = list(zip(x.chunk(program.parts), y.chunk(program.parts), strict=True))
@@ -240,20 +251,20 @@ def advance(program: Program, optimizer: DDPNOpt, model: Any, x: Tensor, y: Tens
             quiet = model.no_sync() if hasattr(model, "no_sync") and not last else contextlib.nullcontext()
             with quiet:
                 share = len(inputs) / len(x) if len(pieces) > 1 else 1.0
-                (criterion(model(inputs), target) * share).backward()
+                ((criterion(model(inputs), target) + penalty()) * share).backward()
         optimizer.step()
         return
     if program.form == "unscaled":
         optimizer.zero_grad()
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-        scaler.scale(criterion(model(x), y)).backward()
+        scaler.scale(criterion(model(x), y) + penalty()).backward()
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         return
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss: Tensor = criterion(model(x), y)
+        loss: Tensor = criterion(model(x), y) + penalty()
         if program.form == "closure with backward":
             loss.backward()
         return loss

@@ -138,6 +138,7 @@ def sent(rank: int, size: int) -> list[int]:
     optimizer, found = DDPNOpt(model), []
     for _ in range(12):
         before = optimizer.traffic.bytes
+        optimizer.zero_grad()
         nn.functional.cross_entropy(model(torch.randn(32, 1, 28, 28)), torch.randint(10, (32,))).backward()
         optimizer.step()
         found.append(optimizer.traffic.bytes - before)

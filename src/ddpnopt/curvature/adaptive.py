@@ -53,7 +53,7 @@ class Adaptive(Curvature):
     def advance(self, state: State, columns: Columns | None, gradient: Callable[[], Tensor], ridge: float) -> State:
         g = gradient()
         past = state["square_avg"] if "square_avg" in state else torch.zeros_like(g)
-        return {"square_avg": past.mul(self.beta).addcmul_(g, g, value=1 - self.beta)}
+        return {**state, "square_avg": past.mul(self.beta).addcmul_(g, g, value=1 - self.beta)}
 
     def inverse(self, state: State, ridge: float) -> Inverse:
         diagonal = state["square_avg"].sqrt().add_(self.eps)

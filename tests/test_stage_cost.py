@@ -1,0 +1,281 @@
+"""Penalties on the weights that a loop writes into its loss, and gradients that it edits by hand."""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from cases import NETWORKS
+from ddpnopt import (
+    Adaptive,
+    Batch,
+    DDPNOpt,
+    Dense,
+    EigenKronecker,
+    Exact,
+    Identity,
+    Kronecker,
+    Matched,
+    Sampled,
+    StepError,
+)
+from ddpnopt.stage_cost import is_due, with_curvature
+
+GAMMA = 0.02
+Penalty = Callable[[nn.Module], Tensor]
+
+
+def squares(model: nn.Module) -> Tensor:
+    return GAMMA / 2 * sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
+
+
+def nothing(model: nn.Module) -> Tensor:
+    return torch.zeros(())
+
+
+def network() -> nn.Sequential:
+    """No weight of it is 0, from where a penalty could not be seen."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        nn.init.normal_(model.get_parameter("2.bias"))
+    return model
+
+
+CRITERION = nn.CrossEntropyLoss()
+FORMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "identity": {"curvature": Identity()},
+    "adaptive": {"curvature": Adaptive()},
+    "eigen": {"curvature": EigenKronecker(refresh_every=2)},
+    "exact": {"terminal": Exact(CRITERION)},
+    "matched": {"terminal": Matched(CRITERION)},
+    "sampled": {"terminal": Sampled(CRITERION)},
+    "sample": {"coupling": "sample"},
+    "dense": {"coupling": Dense()},
+    "relinearised": {"coupling": Batch(relinearise=True)},
+    "no feedback": {"feedback": False},
+    "momentum": {"momentum": 0.9},
+    "two decays": {"weight_decay": 0.01, "decoupled_weight_decay": False},
+}
+
+
+def trained(
+    penalty: Penalty,
+    form: str = "drop-in",
+    steps: int = 12,
+    parts: int = 1,
+    edit: Callable[[nn.Module, int], object] | None = None,
+    save_at: int | None = None,
+    **settings: Any,
+) -> Tensor:
+    """All weights after training with a penalty in the loss."""
+    model = network()
+    optimizer = DDPNOpt(model, **{"lr": 0.05, "weight_decay": 0.0, **settings})
+    x, y = torch.randn(steps, 24, 6), torch.randint(3, (steps, 24))
+    for step in range(steps):
+        if step == save_at:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer.close()
+            optimizer = DDPNOpt(model, **{"lr": 0.05, "weight_decay": 0.0, **settings})
+            optimizer.load_state_dict(saved)
+        if form == "closure":
+            optimizer.step(partial(whole_loss, model, x[step], y[step], penalty))
+            continue
+        optimizer.zero_grad()
+        for inputs, target in zip(x[step].chunk(parts), y[step].chunk(parts), strict=True):
+            (whole_loss(model, inputs, target, penalty) / parts).backward()
+        if edit is not None:
+            edit(model, step)
+        optimizer.step()
+    return parameters_to_vector(model.parameters()).detach()
+
+
+def whole_loss(model: nn.Module, x: Tensor, y: Tensor, penalty: Penalty) -> Tensor:
+    loss: Tensor = CRITERION(model(x), y) + penalty(model)
+    return loss
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("form", ["drop-in", "closure"])
+def test_a_quadratic_penalty_is_weight_decay(name: str, form: str) -> None:
+    settings = FORMS[name]
+    coupled = {**settings, "weight_decay": settings.get("weight_decay", 0.0) + GAMMA, "decoupled_weight_decay": False}
+    found, wanted = trained(squares, form, **settings), trained(nothing, form, **coupled)
+    without = trained(nothing, form, **settings)
+    assert (found - wanted).norm() < 1e-9 * (wanted - without).norm()
+
+
+def test_micro_batches_carry_their_shares_of_a_penalty() -> None:
+    torch.testing.assert_close(trained(squares, parts=3), trained(squares), rtol=1e-9, atol=1e-10)
+
+
+def test_a_penalty_is_clipped_with_the_rest() -> None:
+    """Half the gradients are those of half the loss and half the penalty."""
+
+    def halve(model: nn.Module, step: int) -> None:
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad *= 0.5
+
+    settings: dict[str, Any] = {"weight_decay": GAMMA / 2, "decoupled_weight_decay": False}
+    found, wanted = trained(squares, edit=halve, steps=1), trained(nothing, edit=halve, steps=1, **settings)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+    assert (found - trained(squares, steps=1)).norm() > 1e-2
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_penalty_under_a_scaler(unscale: bool) -> None:
+    def weights(scaled: bool) -> Tensor:
+        model = network()
+        optimizer, scaler = DDPNOpt(model), torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = whole_loss(model, torch.randn(12, 6), torch.randint(3, (12,)), squares)
+            scaler.scale(loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        return parameters_to_vector(model.parameters()).detach()
+
+    torch.testing.assert_close(weights(True), weights(False), rtol=1e-9, atol=1e-10)
+
+
+def test_steps_at_which_all_gradients_are_compared() -> None:
+    assert [step for step in range(401) if is_due(step)] == [0, 1, 2, 4, 8, 16, 32, 64, 100, 128, 200, 256, 300, 400]
+
+
+def test_a_penalty_that_begins_later_is_found_and_one_that_ends_is_forgotten() -> None:
+    def states(begin: int, end: int) -> list[bool]:
+        model = network()
+        optimizer, found = DDPNOpt(model), []
+        for step in range(17):
+            optimizer.zero_grad()
+            penalty = squares if begin <= step < end else nothing
+            whole_loss(model, torch.randn(12, 6), torch.randint(3, (12,)), penalty).backward()
+            optimizer.step()
+            found.append(all("cost" in optimizer.state[model.get_parameter(f"{i}.weight")] for i in (0, 2, 3, 5)))
+        return found
+
+    assert states(3, 99) == [False] * 4 + [True] * 13
+    assert states(0, 6) == [True] * 8 + [False] * 9
+
+
+def test_a_resumed_run_with_a_penalty_goes_on_bit_for_bit() -> None:
+    for at in (3, 9):  # between two looks
+        assert torch.equal(trained(squares, save_at=at), trained(squares))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "sampled"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_without_a_penalty_none_is_found(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    for make in (NETWORKS["mlp"], *([] if name == "dense" else [NETWORKS["conv"]])):
+        case = make()
+        model, x = case.model.to(dtype), case.x.to(dtype)
+        optimizer = DDPNOpt(model, 0.05, **FORMS[name])
+        for _ in range(3):
+            optimizer.zero_grad()
+            (getattr(optimizer.terminal, "criterion", None) or CRITERION)(model(x), case.y).backward()
+            optimizer.step()
+        assert not any("cost" in state for state in optimizer.state.values())
+
+
+def stiff(kind: str, model: nn.Module) -> Penalty:
+    at = [p.detach().clone() for p in model.parameters()]
+
+    def distance(model: nn.Module) -> Tensor:
+        return 50 * sum(((p - q).square().sum() for p, q in zip(model.parameters(), at, strict=True)), torch.zeros(()))
+
+    def uneven(model: nn.Module) -> Tensor:
+        pairs = zip(model.parameters(), at, strict=True)
+        terms = ((10 ** torch.linspace(-2, 2, p.numel()).view_as(p) * (p - q) ** 2).sum() for p, q in pairs)
+        return sum(terms, torch.zeros(()))
+
+    def orthogonal(model: nn.Module) -> Tensor:
+        weights = [p for p in model.parameters() if p.ndim > 1]
+        return sum(((w @ w.mT - torch.eye(len(w))).square().sum() for w in weights), torch.zeros(()))
+
+    return {"distance": distance, "uneven": uneven, "orthogonal": orthogonal}[kind]
+
+
+@pytest.mark.parametrize("kind", ["distance", "uneven", "orthogonal"])
+@pytest.mark.parametrize("lr", [0.01, 1.0, 100.0])
+def test_a_stiff_penalty_does_not_diverge(kind: str, lr: float) -> None:
+    """Each alone would ask for a learning rate below 0.02 of gradient descent."""
+    model = network()
+    penalty = stiff(kind, model)
+    optimizer = DDPNOpt(model, lr)
+    x = torch.randn(64, 6)
+    y = x[:, :3].argmax(1)
+    before = whole_loss(model, x, y, penalty).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        whole_loss(model, x, y, penalty).backward()
+        optimizer.step()
+    assert whole_loss(model, x, y, penalty).item() < before
+
+
+def test_the_curvature_of_a_quadratic_is_a_secant_s() -> None:
+    u, moved, H = torch.randn(3, 4), torch.randn(3, 4), 7.0
+    centre = torch.randn(3, 4)
+    first, kept = with_curvature(u, H * (u - centre), {}, edited=False)
+    assert first == pytest.approx(float(H * (u - centre).norm() / u.norm()))
+    second, kept = with_curvature(u + moved, H * (u + moved - centre), kept, edited=False)
+    assert second == pytest.approx(max(H, 0.99 * first))
+    # hardly moved: nothing is taken from the difference
+    assert with_curvature(u + moved, H * (u + moved - centre) + 1e-6, kept, edited=False) == (second, kept)
+    # gradients edited by hand are no function of the weights
+    assert with_curvature(u, 100 * u, kept, edited=True) == (second, kept)
+    flatter, _ = with_curvature(u, -centre, kept, edited=False)
+    assert flatter == pytest.approx(0.99 * second)
+    assert with_curvature(torch.zeros(2, 2), torch.ones(2, 2), {}, edited=False)[0] == 0.0
+
+
+def edited(factors: Sequence[float], **settings: Any) -> list[Tensor]:
+    """The first step's changes, by layer, of gradients that are multiplied by a factor each."""
+    model = network()
+    optimizer = DDPNOpt(model, 0.05, weight_decay=0.0, **settings)
+    layers = [model[i] for i in (0, 2, 3, 5)]
+    before = [parameters_to_vector(layer.parameters()).detach() for layer in layers]
+    CRITERION(model(torch.randn(12, 6)), torch.randint(3, (12,))).backward()
+    for layer, factor in zip(layers, factors, strict=True):
+        for p in layer.parameters() if factor != 1 else ():
+            assert p.grad is not None
+            p.grad *= factor
+    optimizer.step()
+    return [parameters_to_vector(layer.parameters()).detach() - old for layer, old in zip(layers, before, strict=True)]
+
+
+@pytest.mark.parametrize("curvature", [Identity(), Kronecker()])
+def test_gradients_edited_by_hand_reach_the_layers(curvature: Any) -> None:
+    """Without feedback a layer's step is linear in its gradient: each must be its factor times the whole one."""
+    settings: dict[str, Any] = {"curvature": curvature, "feedback": False}
+    whole, found = edited([1, 1, 1, 1], **settings), edited([1, 0.25, 0, 3], **settings)
+    for own, one, factor in zip(found, whole, [1, 0.25, 0, 3], strict=True):
+        torch.testing.assert_close(own, factor * one, rtol=1e-7, atol=1e-9)
+
+
+def test_clipping_by_value_reaches_the_layers_and_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    def clip(model: nn.Module, step: int) -> None:
+        torch.nn.utils.clip_grad_value_(model.parameters(), 1e-6)
+
+    start, found = trained(nothing, steps=0), trained(nothing, edit=clip, momentum=0.0)
+    assert (found - start).norm() < 1e-2 * (trained(nothing, momentum=0.0) - start).norm()
+    assert not recwarn.list
+
+
+def test_gradients_edited_between_unscaling_and_the_step_hide_the_scale() -> None:
+    model = network()
+    optimizer, scaler = DDPNOpt(model), torch.amp.GradScaler("cpu")
+    scaler.scale(CRITERION(model(torch.randn(12, 6)), torch.randint(3, (12,)))).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+    with pytest.raises(StepError, match="so the scale cannot be told"):
+        scaler.step(optimizer)
