@@ -79,8 +79,11 @@ def evaluate(
     with torch.enable_grad(), recorder.inbox.keeping_graph() as kept:
         loss = closure()
     _check_number(loss)
-    earlier = recorder.inbox.take()
-    fresh = [p for p in kept if not p.reached and p.edges]
+    fresh = [p for p in kept if p.edges and (p.differentiable or not p.reached)]
+    for p in (p for p in fresh if p.differentiable):
+        p.clear()
+        p.twice = True
+    earlier = [p for p in recorder.inbox.take() if p not in fresh]
     if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
         return Evaluated(loss, earlier, _own(parameters, recorder))
     if recorder.shards:

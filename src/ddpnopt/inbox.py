@@ -8,6 +8,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from .errors import StepError
@@ -60,6 +61,11 @@ class Inbox:
         """A gradient has come to slot ``i`` of a pass."""
         if not self.listening:
             return
+        if torch.is_grad_enabled():
+            into.differentiable = True
+        elif into.differentiable:  # what came before is a part of the loss that is gone through now
+            into.clear()
+            into.twice = True
         gradient = gradient.detach() if gradient.requires_grad else gradient
         if self._collecting:
             slots[i] = gradient
@@ -90,8 +96,7 @@ class Inbox:
         """Drop what passes have recorded of backward passes, and every graph that was kept."""
         for recorded in self._live:
             recorded.reached = False  # its graph may be gone through again
-            for slots in recorded.slots():
-                slots[:] = [None] * len(slots)
+            recorded.clear()
         for kept in self._kept:
             kept.edges.clear()
             kept.outputs.clear()

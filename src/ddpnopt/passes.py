@@ -170,6 +170,9 @@ class Pass:
         args, kwargs: detached; ``versions`` counts writes into them.
         batch: length of the first tensor among them.
         conditions: what else the pass depended on.
+        reached: a gradient has arrived.
+        differentiable: what has arrived has graphs of its own (``create_graph=True``): a loss may be made of it.
+        twice: a loss was made of its derivatives.
         own_draws: it drew random numbers or wrote buffers: a larger batch would not have done the same.
         spent: a step has let go of what was recorded.
         runs, visits: of layers, and of stages in the order they ran.
@@ -196,6 +199,8 @@ class Pass:
     outputs: list[Tensor] = field(default_factory=list)
     edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
     reached: bool = False
+    differentiable: bool = False
+    twice: bool = False
     own_draws: bool = False
     spent: bool = False
 
@@ -206,6 +211,12 @@ class Pass:
                 "an input of the model was written into after the forward pass (by the loop, or by the model itself), "
                 "and step() needs it again: give the model a copy, x.clone(), or do not work in place on it"
             )
+
+    def clear(self) -> None:
+        """Drop the gradients that have arrived."""
+        self.differentiable = False
+        for slots in self.slots():
+            slots[:] = [None] * len(slots)
 
     def slots(self) -> list[list[Tensor | None]]:
         """Every list that gradients arrive in."""

@@ -19,6 +19,11 @@ from .passes import Run
 from .rollout import Later
 from .task import Outcome, Task
 
+DERIVED = (
+    "the loss depends on it through derivatives of the model alone, which no column tells: one update from the whole "
+    "batch's gradient"
+)
+
 LARGEST = 1 << 26
 """Numbers that a tied parameter's per-sample gradients may hold, where its uses have columns of two forms."""
 
@@ -222,7 +227,8 @@ def name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> No
         if layer.name in outcome.refused or not parameters or not read.isdisjoint(parameters):
             continue
         stray = any(run.layer is layer.module and run.stray for one in task.passes for run in one.runs)
-        outcome.refused[layer.name] = STRAY if stray else SILENT
+        twice = any(one.twice for one in task.passes)
+        outcome.refused[layer.name] = STRAY if stray else DERIVED if twice else SILENT
 
 
 def _columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:

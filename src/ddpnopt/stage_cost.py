@@ -18,14 +18,11 @@ from .linearise import TerminalValue
 from .passes import Pass
 from .task import Task
 
-COST, COST_AT, COST_CURVATURE = "cost", "cost_at", "cost_curvature"
-"""In a block's state, if it had a stage cost when these were last looked for: its gradient, where, its curvature."""
+COST, COST_AT, COST_SUMS = "cost", "cost_at", "cost_sums"
+"""In a block's state, if it had a stage cost when these were last looked for: its gradient, where, and two sums."""
 
-FAR = 0.01
-"""By how much of itself a stage cost's gradient has to change before the change is taken for curvature."""
-
-KEPT = 0.99
-"""Weight of the curvature of before where the new one is less."""
+KEPT = 0.9
+"""Weight of the past in the sums that the curvature is a quotient of."""
 
 EVERY = 100
 """Steps between two looks for a stage cost in the long run; the first ones are at steps 0, 1, 2, 4, 8, ..."""
@@ -88,7 +85,7 @@ def stage_costs(task: Task, pairs: Iterable[tuple[Block, Columns]], end: Termina
 
 def parted(state: State) -> tuple[State, State]:
     """A block's state without what it keeps of a stage cost, and that."""
-    own = (COST, COST_AT, COST_CURVATURE)
+    own = (COST, COST_AT, COST_SUMS)
     return {k: v for k, v in state.items() if k not in own}, {k: v for k, v in state.items() if k in own}
 
 
@@ -96,7 +93,9 @@ def with_curvature(control: Tensor, cost: Tensor, past: State, *, edited: bool) 
     """The curvature of a stage cost, as one number, and what a block's state is to keep of it.
 
     The first one makes the cost's own step, a gradient over a curvature, as long as the weights: exact for
-    ``gamma / 2 |u|^2``, and no more than that for others. Then a secant's, or the past one if it is hardly less.
+    ``gamma / 2 |u|^2``, and no more than that for others. Then it is that of the steps made, the longest counting most:
+    the sum of ``<l_u - l_u', u - u'>`` over that of ``|u - u'|^2``, in which the noise of a cost that depends on the
+    samples cancels.
 
     Args:
         control: ``u [out, fan_in]``.
@@ -104,17 +103,11 @@ def with_curvature(control: Tensor, cost: Tensor, past: State, *, edited: bool) 
         past: what the state has kept.
         edited: see :class:`StageCosts`.
     """
-    known = past.get(COST_CURVATURE, 0.0)
-    if edited:
-        return known, past
-    now = {COST: cost, COST_AT: control.clone()}
-    if COST not in past:
-        size = float(control.norm())
-        curvature = float(cost.norm()) / size if size else 0.0
-    else:
-        change, moved = cost - past[COST], control - past[COST_AT]
-        square = float(moved.square().sum())
-        if not square or float(change.norm()) < FAR * float(cost.norm()):
-            return known, past
-        curvature = max(float((change * moved).sum()) / square, KEPT * known)
-    return curvature, {**now, COST_CURVATURE: curvature}
+    product, square = past.get(COST_SUMS, (0.0, 0.0))
+    if COST in past and not edited:
+        moved = control - past[COST_AT]
+        product = KEPT * product + float(((cost - past[COST]) * moved).sum())
+        square = KEPT * square + float(moved.square().sum())
+    size = float(control.norm())
+    curvature = max(product, 0.0) / square if square else float(cost.norm()) / size if size and not edited else 0.0
+    return curvature, past if edited else {COST: cost, COST_AT: control.clone(), COST_SUMS: (product, square)}

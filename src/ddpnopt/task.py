@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .accord import Accord
@@ -129,9 +130,10 @@ class Task:
 
     def gradient(self, block: Block) -> Tensor | None:
         """Gradient of the batch's loss as the block's matrix, at least in float32; ``None`` without one."""
-        if any(p not in self.gradients for p in block.parameters):
+        if not any(p in self.gradients for p in block.parameters):
             return None
-        gradients = [self.gradients[p] for p in block.parameters]
+        # a derivative of the model may depend on a weight and not on the bias
+        gradients = [self.gradients.get(p, torch.zeros_like(p)) for p in block.parameters]
         if self.recorder is not None and self.recorder.shards and any(gradient.is_meta for gradient in gradients):
             raise StepError(
                 f"the gradient of a parameter of shape {tuple(block.parameters[0].shape)} was not kept: it is sharded, "

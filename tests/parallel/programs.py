@@ -46,6 +46,7 @@ class Program:
         empty: whether a rank goes without samples once.
         short: samples of the last batch that is a short one.
         twins: every rank has all samples.
+        clipped: each rank multiplies its gradients by a factor of its own, one process does not.
         penalty: ``gamma`` of ``gamma / 2 |u|^2`` in the loss.
         apart: how far weights may be from those of one process.
         shard: the model's children (``"children"``), the first of them (``"first"``) or none (``"root"``) are sharded
@@ -64,6 +65,7 @@ class Program:
     empty: bool = True
     short: int = 6
     twins: bool = False
+    clipped: bool = False
     penalty: float = 0.0
     apart: float = 1e-10
     shard: str = ""
@@ -115,6 +117,7 @@ PROGRAMS: dict[str, Program] = {
     "penalty": Program(Residual, penalty=0.1),
     "penalty, closure": Program(Residual, {"curvature": Adaptive()}, penalty=0.1, form="closure"),
     "penalty, a wrapper": Program(pictures, penalty=0.1, wrap="given", parts=2, empty=False),
+    "penalty, clipped": Program(Unread, penalty=0.1, clipped=True),
     "penalty, unscaled": Program(penalty=0.1, form="unscaled", steps=4),
     "residual": Program(Residual),
     "residual, adaptive": Program(Residual, {"curvature": Adaptive()}),
@@ -252,6 +255,9 @@ def advance(program: Program, optimizer: DDPNOpt, model: Any, x: Tensor, y: Tens
             with quiet:
                 share = len(inputs) / len(x) if len(pieces) > 1 else 1.0
                 ((criterion(model(inputs), target) + penalty()) * share).backward()
+        if program.clipped and distributed.is_initialized():
+            gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+            torch._foreach_mul_([g for g in gradients if g is not None], 0.5 / (1 + distributed.get_rank()))
         optimizer.step()
         return
     if program.form == "unscaled":
