@@ -277,3 +277,35 @@ def test_steps_on_long_samples_are_shorter(letters: int) -> None:
         return float((nn.utils.parameters_to_vector(model.parameters()).detach() - before).norm())
 
     assert length(Gradient()) < 0.9 * length(Gradient(cap=1))
+
+
+class Folded(nn.Sequential):
+    """Returns all letters of all samples as rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x)
+        return x.flatten(0, 1)
+
+
+@pytest.mark.parametrize("unit", [1.0, 100.0])
+@pytest.mark.parametrize("terminal", ["gradient", "matched"])
+def test_letters_as_rows_are_those_of_their_samples(unit: float, terminal: str) -> None:
+    """Whether the model or the loss flattens ``[B, T, kinds]``; in large units the cap follows, too."""
+
+    def weights(folded: bool) -> tuple[list[Tensor], dict[str, Any]]:
+        model, x, y = sentences()
+        criterion = nn.CrossEntropyLoss() if folded else OverLetters()
+        net = Folded(*model.children()) if folded else model
+        own = Matched(criterion) if terminal == "matched" else Gradient()
+        optimizer = DDPNOpt(net, terminal=own)
+        for _ in range(4):
+            plain(optimizer, lambda x, y: unit * criterion(net(x), y.flatten() if folded else y), x, y)
+        return [p.detach() for p in model.parameters()], optimizer.diagnostics()
+
+    (found, told), (wanted, expected) = weights(True), weights(False)
+    assert told["outputs"] == expected["outputs"]
+    assert told["cap"] == expected["cap"]
+    assert told["outputs"] > LETTERS / 2 or told["cap"] > 1
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)

@@ -187,6 +187,22 @@ def test_without_a_penalty_none_is_found(name: str, dtype: torch.dtype) -> None:
         assert not any("cost" in state for state in optimizer.state.values())
 
 
+def test_a_curvature_made_of_gradients_counts_the_cost() -> None:
+    """The sample form of one layer is the adapted optimizer, feedback or not: RMSprop, whose squares have the decay."""
+
+    def weights(feedback: bool) -> Tensor:
+        torch.manual_seed(5)
+        model = nn.Linear(6, 3)
+        optimizer = DDPNOpt(model, 0.01, curvature=Adaptive(), coupling="sample", feedback=feedback, weight_decay=1.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            CRITERION(model(torch.randn(12, 6)), torch.randint(3, (12,))).backward()
+            optimizer.step()
+        return parameters_to_vector(model.parameters()).detach()
+
+    torch.testing.assert_close(weights(True), weights(False))
+
+
 def stiff(kind: str, model: nn.Module) -> Penalty:
     at = [p.detach().clone() for p in model.parameters()]
 
@@ -275,12 +291,19 @@ def test_clipping_by_value_reaches_the_layers_and_warns_of_nothing(recwarn: pyte
     assert not recwarn.list
 
 
-def test_gradients_edited_between_unscaling_and_the_step_hide_the_scale() -> None:
+def negate(model: nn.Module) -> None:
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.neg_()
+
+
+@pytest.mark.parametrize("edit", [negate, lambda model: torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)])
+def test_gradients_edited_between_unscaling_and_the_step_hide_the_scale(edit: Callable[[nn.Module], object]) -> None:
     model = network()
     optimizer, scaler = DDPNOpt(model), torch.amp.GradScaler("cpu")
     scaler.scale(CRITERION(model(torch.randn(12, 6)), torch.randint(3, (12,)))).backward()
     scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+    edit(model)
     with pytest.raises(StepError, match="so the scale cannot be told"):
         scaler.step(optimizer)
 

@@ -23,8 +23,9 @@ gradient is long, and so the cap is large. The number changes by 5 % a step at m
 says its ``for_outputs``. Of several tensors that the model returns, features beside logits say, that with the fewest
 counts.
 
-For the cap all tensors count that the model returns with the batch in front, each with all its gradient, also what it
-has by way of another of them. After ``scaler.unscale_`` and a clip it is the clipped loss's gradient.
+For the cap all tensors count that the model returns with the batch in front, or as rows ``[B T, ...]``, each with all
+its gradient, also what it has by way of another of them. After ``scaler.unscale_`` and a clip it is the clipped loss's
+gradient.
 """
 
 import math
@@ -90,7 +91,11 @@ def output_sums(passes: Sequence[Pass], reduction: Reduction, loss_scale: float)
     sums = [0.0] * 5
     for one in passes:
         found = zip(one.values, one.leaves, one.cotangents, strict=False)
-        read = [(x, leaf, g) for x, leaf, g in found if g is not None and g.ndim and len(g) == one.batch]
+        read = [
+            (_by_sample(x, one.batch), x._version == leaf.version, _by_sample(g, one.batch))
+            for x, leaf, g in found
+            if g is not None and _leads(g, one.batch)
+        ]
         if not read:
             continue
         rows = [wide(g).reshape(len(g), -1) for _, _, g in read]
@@ -111,12 +116,21 @@ def output_sums(passes: Sequence[Pass], reduction: Reduction, loss_scale: float)
             continue
         sums[0] += float(length[long].log().sum())
         sums[1] += per_weight * sum(float(size[long].sum()) for size in sizes)
-        for x, leaf, cotangent in read:
-            if x._version == leaf.version:  # else it was written into: not what the gradient belongs to
+        for x, unwritten, cotangent in read:
+            if unwritten:  # else it is not what the gradient belongs to
                 g = wide(cotangent[long])
                 # what is masked by an infinite value has no gradient
                 sums[2] += per_weight * float(torch.where(g == 0, 0.0, g * x[long]).abs().sum())
     return sums
+
+
+def _leads(x: Tensor, batch: int) -> bool:
+    """Whether a tensor has the batch in front, or rows ``[B T, classes]`` that several samples have made."""
+    return x.ndim > 0 and (len(x) == batch or (x.ndim > 1 and 1 < batch < len(x) and len(x) % batch == 0))
+
+
+def _by_sample(x: Tensor, batch: int) -> Tensor:
+    return x if len(x) == batch else x.reshape(batch, -1, *x.shape[1:])
 
 
 def _spread(g: Tensor, norm: Tensor, size: Tensor) -> Tensor:
