@@ -20,7 +20,7 @@ from _training import RESULTS
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ddpnopt import DDPNOpt, StepError
+from ddpnopt import DDPNOpt, Kronecker, StepError
 from ddpnopt.experiments.environment import version
 from ddpnopt.experiments.files import write_atomic
 
@@ -228,9 +228,9 @@ def adamw(lr: float) -> Make:
     return lambda model: torch.optim.AdamW(model.parameters(), lr)
 
 
-def ddpnopt(lr: float) -> Make:
-    """DDPNOpt, and its defaults but for the learning rate."""
-    return lambda model: DDPNOpt(model, lr)
+def ddpnopt(lr: float, damping: float = 0.1) -> Make:
+    """DDPNOpt, and its defaults but for the learning rate and the damping."""
+    return lambda model: DDPNOpt(model, lr, curvature=Kronecker(damping=damping))
 
 
 def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[str]:
@@ -242,6 +242,7 @@ def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[s
         return found
 
     found = [mean_score(ddpnopt(lr)) for lr in arguments.lrs]
+    found += [mean_score(ddpnopt(lr, damping=1.0)) for lr in (arguments.lrs[0], arguments.lrs[-1])]
     found.append(min(mean_score(adamw(lr)) for lr in ADAM))
     return [task.words, *("failed" if value == float("inf") else f"{value:.3g}" for value in found)]
 
@@ -249,9 +250,10 @@ def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[s
 def page(arguments: Arguments) -> str:
     """Measure, and lay the figures out."""
     began = time.perf_counter()
-    with Bar("penalties", len(TASKS) * (len(arguments.lrs) + len(ADAM)) - 1) as bar:
+    with Bar("penalties", len(TASKS) * (len(arguments.lrs) + 2 + len(ADAM)) - 1) as bar:
         rows = [row(make(), arguments, bar.advance) for make in TASKS]
-    header = ["", *(f"lr {lr:g}" for lr in arguments.lrs), "AdamW"]
+    damped = [f"damping 1, lr {lr:g}" for lr in (arguments.lrs[0], arguments.lrs[-1])]
+    header = ["", *(f"lr {lr:g}" for lr in arguments.lrs), *damped, "AdamW"]
     software = f"ddpnopt {version('ddpnopt')}, torch {torch.__version__}"
     return f"""# Penalties on the weights, and losses made of derivatives
 
@@ -261,8 +263,9 @@ DDPNOpt takes them from the gradients, as a stage cost, with one number for the 
 
 Lower is better: the whole objective on {HELD_OUT} held-out pictures of DIGITS, or the length of the error over that of
 the solution of a differential equation, whose residual at random places is the loss. After {arguments.steps} steps with
-batches of {BATCH}, learning rate falling linearly to 0, mean over {plural(arguments.seeds, "seed")}; AdamW is the best
-mean of its learning rates {", ".join(f"{lr:g}" for lr in ADAM)}, chosen on these very figures.
+batches of {BATCH}, learning rate falling linearly to 0, mean over {plural(arguments.seeds, "seed")}. First the default
+at several learning rates, then `Kronecker(damping=1.0)`; AdamW is the best mean of its learning rates
+{", ".join(f"{lr:g}" for lr in ADAM)}, chosen on these very figures.
 
 {table(header, rows)}
 

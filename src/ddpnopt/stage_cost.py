@@ -21,7 +21,7 @@ from .task import Task
 COST, COST_AT, COST_SUMS = "cost", "cost_at", "cost_sums"
 """In a block's state, if it had a stage cost when these were last looked for: its gradient, where, and two sums."""
 
-KEPT = 0.9
+KEPT = 0.5
 """Weight of the past in the sums that the curvature is a quotient of."""
 
 EVERY = 100
