@@ -17,6 +17,7 @@ EXAMPLE_OF: dict[str, tuple[list[str], str | None]] = {
     "binary.py": (ONE_EPOCH, None),
     "char_transformer.py": (["--steps", "8", "--every", "8", "--context", "16"], None),
     "ddp.py": (["--epochs", "1"], None),
+    "differential_equation.py": (["--epochs", "2"], None),
     "drop_in.py": (["--epochs", "2"], None),
     "fsdp.py": (["--batch", "240", *ONE_EPOCH], None),
     "lightning_automatic.py": (["--accumulate", "2", *ONE_EPOCH], "lightning"),
