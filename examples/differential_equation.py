@@ -2,8 +2,8 @@
 
 Run:  python examples/differential_equation.py [--optimizer adamw]
 
-What to expect: DDPNOpt's error is 1.8 % of the solution after 50 steps and 0.5 % after 600, AdamW's is 57 % and 2.7 %; a
-step takes about twice AdamW's time. Neither learning rate was tuned for this problem.
+What to expect: DDPNOpt's error is 1.8 % of the solution after 50 steps and 0.5 % after 600, AdamW's is 57 % and
+2.7 %; a step takes about twice AdamW's time. Neither learning rate was tuned for this problem.
 """
 
 import torch
