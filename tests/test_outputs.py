@@ -309,3 +309,25 @@ def test_letters_as_rows_are_those_of_their_samples(unit: float, terminal: str) 
     assert told["outputs"] > LETTERS / 2 or told["cap"] > 1
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+class WithCodebook(nn.Module):
+    """Returns logits, and rows that belong to no sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.book = nn.Linear(4, KINDS), nn.Parameter(torch.randn(2 * SAMPLES, 5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(x), self.book * 1
+
+
+@pytest.mark.filterwarnings("ignore:.*was not seen to run")
+def test_rows_beside_what_leads_with_the_batch_are_nobody_s() -> None:
+    model = WithCodebook()
+    optimizer = DDPNOpt(model)
+    logits, book = model(torch.randn(SAMPLES, 4))
+    (nn.functional.cross_entropy(logits, torch.randint(KINDS, (SAMPLES,))) + 100 * book.square().sum()).backward()
+    optimizer.step()
+    assert optimizer.diagnostics()["cap"] == 1.0
+    assert counted(optimizer) == 1.0

@@ -20,7 +20,7 @@ ORDER = [
     "bellman", "network", "compiled", "conditions", "passes", "output_loss", "terminal", "inbox", "units", "finite",
     "cuts", "hooks", "state", "wrapped", "trajectory", "linearise", "joined", "relinearise", "rollout",
     "transaction", "dense", "coupling", "task", "reading", "stage_cost", "sharing", "steps", "evaluation", "options",
-    "persistence", "scaling", "clipping", "report", "optimizer",
+    "persistence", "clipping", "scaling", "report", "optimizer",
 ]  # fmt: skip
 
 

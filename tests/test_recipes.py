@@ -483,6 +483,61 @@ def test_the_scale_is_found_in_any_layer(make: Callable[[], nn.Module]) -> None:
     close(weights(torch.amp.GradScaler("cpu", init_scale=1024.0)), weights(None))
 
 
+class Tables(nn.Module):
+    """Products of rows: of large tables few entries have a gradient."""
+
+    def __init__(self, rows: int, sparse: bool) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Embedding(rows, 4, sparse=sparse) for _ in range(2))
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        out: Tensor = (self.one(pairs[:, 0]) * self.other(pairs[:, 1])).sum(1)
+        return out
+
+
+@pytest.mark.parametrize(("rows", "sparse"), [(9, True), (9999, False)])
+def test_the_scale_is_found_where_no_remembered_entry_tells(rows: int, sparse: bool) -> None:
+    def weights(scaler: torch.amp.GradScaler | None) -> list[Tensor]:
+        torch.manual_seed(5)
+        model = Tables(rows, sparse)
+        optimizer, pairs = DDPNOpt(model), torch.randint(1, 8, (6, 2))
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = (model(pairs) - 1).square().mean()
+            (scaler.scale(loss) if scaler else loss).backward()
+            if scaler:
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    close(weights(torch.amp.GradScaler("cpu", init_scale=1024.0)), weights(None))
+
+
+def test_the_scale_is_found_where_a_layer_was_thawed() -> None:
+    def weights(scaler: torch.amp.GradScaler | None) -> list[Tensor]:
+        torch.manual_seed(5)
+        case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
+        first = case.model[0].requires_grad_(False)
+        optimizer = DDPNOpt(case.model)
+        for step in range(3):
+            first.requires_grad_(step > 0)
+            optimizer.zero_grad()
+            loss = criterion(case.model(case.x), case.y)
+            (scaler.scale(loss) if scaler else loss).backward()
+            if scaler:
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        return [p.detach() for p in case.model.parameters()]
+
+    close(weights(torch.amp.GradScaler("cpu", init_scale=1024.0)), weights(None))
+
+
 def test_gradients_changed_by_different_factors_hide_the_scale() -> None:
     case, criterion = NETWORKS["mlp"](), nn.CrossEntropyLoss()
     optimizer, scaler = DDPNOpt(case.model), torch.amp.GradScaler("cpu")

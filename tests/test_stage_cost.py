@@ -413,3 +413,135 @@ def test_a_differential_equation_is_solved(lr: float) -> None:
     x = torch.linspace(-1, 1, 50)[:, None]
     with torch.no_grad():
         assert (model(x) - torch.sin(torch.pi * x)).square().mean().sqrt() < 0.1
+
+
+@pytest.mark.parametrize("form", ["drop-in", "closure", "closure with backward"])
+def test_a_pass_that_only_derivatives_were_taken_of_is_no_part_of_the_batch(form: str) -> None:
+    """Monitoring, say; and a gradient penalty on a chain of linear layers, whose slope no activation depends on."""
+
+    def weights(watched: bool) -> Tensor:
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+        optimizer = DDPNOpt(model)
+
+        def closure(x: Tensor, y: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            if watched:
+                inputs = torch.ones(12, 6, requires_grad=True)
+                torch.autograd.grad(model(inputs).square().sum(), inputs, create_graph=True)
+            loss: Tensor = CRITERION(model(x), y)
+            if form != "closure":
+                loss.backward()
+            return loss
+
+        for _ in range(3):
+            x, y = torch.randn(12, 6), torch.randint(3, (12,))
+            if form == "drop-in":
+                closure(x, y)
+                optimizer.step()
+            else:
+                optimizer.step(partial(closure, x, y))
+        return parameters_to_vector(model.parameters()).detach()
+
+    torch.testing.assert_close(weights(True), weights(False))
+
+
+@pytest.mark.parametrize("form", ["drop-in", "closure", "closure with backward"])
+def test_a_derivative_is_found_at_any_step(form: str) -> None:
+    """At step 3 nothing is due, but that gradients came with graphs tells."""
+    settings: dict[str, Any] = {"weight_decay": 0.0, "momentum": 0.0, "curvature": Identity()}
+
+    def moved(make: Callable[[nn.Module], torch.optim.Optimizer], form: str) -> Tensor:
+        model, lazy = network(), Twice("gradient penalty")
+        optimizer, before = make(model), torch.zeros(())
+        for step in range(4):
+            before = parameters_to_vector(model.parameters()).detach()
+            x, y = torch.randn(12, 6), torch.randint(3, (12,))
+
+            def closure(x: Tensor, y: Tensor, last: bool) -> Tensor:
+                optimizer.zero_grad()
+                loss: Tensor = lazy(model, x, y) if last else CRITERION(model(x), y)
+                if form != "closure":
+                    loss.backward()
+                return loss
+
+            if form == "drop-in":
+                closure(x, y, step == 3)
+                optimizer.step()
+            else:
+                optimizer.step(partial(closure, x, y, step == 3))  # type: ignore[arg-type]
+        return parameters_to_vector(model.parameters()).detach() - before
+
+    found = moved(lambda model: DDPNOpt(model, 1e-6, **settings), form)
+    wanted = moved(lambda model: torch.optim.SGD(model.parameters(), 1e-6), "drop-in")
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_a_penalty_on_derivatives_of_a_pass_of_its_own_goes_with_relinearising_and_not_with_dense() -> None:
+    def step(coupling: Any) -> None:
+        model = network()
+        optimizer = DDPNOpt(model, 1e-3, coupling=coupling)
+        x = torch.randn(12, 6, requires_grad=True)
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        (CRITERION(model(torch.randn(12, 6)), torch.randint(3, (12,))) + slope.square().mean()).backward()
+        optimizer.step()
+
+    step(Batch(relinearise=True))
+    with pytest.raises(StepError, match="cannot follow a loss made of the model's derivatives"):
+        differentiated_twice("gradient penalty", "drop-in", lambda model: DDPNOpt(model, coupling=Dense()))
+
+
+class Skipping(nn.Module):
+    """Leaves its middle layer out when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.skips = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        out: Tensor = self.last(x if self.skips else x + self.middle(x).tanh())
+        return out
+
+
+def test_a_layer_that_sits_a_step_out_keeps_its_columns() -> None:
+    """A penalty gives it a gradient nevertheless."""
+    model = Skipping()
+    optimizer = DDPNOpt(model)
+    for skips in (False, True, False):
+        model.skips, before = skips, model.middle.weight.detach().clone()
+        optimizer.zero_grad()
+        (CRITERION(model(torch.randn(12, 6)), torch.randint(3, (12,))) + squares(model)).backward()
+        optimizer.step()
+        assert torch.equal(model.middle.weight, before) == skips
+    assert [row.rule for row in optimizer.report().rows] == ["linear"] * 3
+
+
+def test_a_penalty_whose_gradient_is_nan_fails_the_step() -> None:
+    model = network()
+    with torch.no_grad():
+        model.get_parameter("3.bias").zero_()
+    optimizer, before = DDPNOpt(model, on_nonfinite="skip"), parameters_to_vector(model.parameters()).detach()
+    loss = CRITERION(model(torch.randn(12, 6)), torch.randint(3, (12,)))
+    (loss + model.get_parameter("3.bias").square().sum().sqrt()).backward()
+    optimizer.step()
+    assert optimizer.diagnostics()["skipped_steps"] == 1
+    assert torch.equal(parameters_to_vector(model.parameters()).detach(), before)
+
+
+def test_a_bias_before_a_norm_has_no_gradient_and_no_cost() -> None:
+    """All it has is rounding."""
+    torch.set_default_dtype(torch.float32)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+    conv = [model.get_parameter("0.weight")]
+    others = [p for p in model.parameters() if p is not conv[0]]
+    optimizer = DDPNOpt(model)
+    optimizer.param_groups.clear()
+    for group in ({"params": conv}, {"params": others, "weight_decay": 0.0}):
+        optimizer.add_param_group(group)
+    for _ in range(3):
+        optimizer.zero_grad()
+        CRITERION(model(torch.randn(12, 2, 8)), torch.randint(3, (12,))).backward()
+        optimizer.step()
+    assert not any("cost" in state for state in optimizer.state.values())

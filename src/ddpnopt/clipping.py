@@ -7,6 +7,7 @@ Loops made for Adam clip most of their steps, which Adam does not notice: a fact
 its steps. Here too it is only a factor below the usual one that shortens a step.
 """
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -33,37 +34,49 @@ Left = tuple[tuple[int, int], Tensor]
 
 
 class Witness:
-    """Remembers what backward passes leave in ``.grad`` of some parameters, for as long as it lives."""
+    """Remembers what backward passes leave in ``.grad`` of some parameters, for as long as it lives.
 
-    def __init__(self, parameters: Iterable[nn.Parameter]):
+    Args:
+        parameters: to watch.
+        before: what one has seen of these that watched until now.
+
+    Attributes:
+        heard: autograd's numbers of the backward passes that have left anything.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], before: "Witness | None" = None):
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._left: list[Left | None] = [None] * len(self._parameters)
+        seen = {} if before is None else dict(zip(before._parameters, before._left, strict=True))
+        self._left: list[Left | None] = [seen.get(p) for p in self._parameters]
+        self.heard: set[int] = set() if before is None else before.heard
         handles = [
             # the hook holds the list, not the witness, which holds the parameters
-            p.register_post_accumulate_grad_hook(partial(_note, self._left, i))
+            p.register_post_accumulate_grad_hook(partial(_note, self._left, self.heard, i))
             for i, p in enumerate(self._parameters)
         ]
         self.close = weakref.finalize(self, _remove, handles)
 
-    def watches_as(self, other: "Witness") -> bool:
-        """Whether both watch the same parameters."""
-        return set(self._parameters) == set(other._parameters)
-
-    def factor(self, *, unseen: bool = False) -> float | None:
-        """What all gradients were multiplied by since; 1 if nothing is known, ``None`` if there is no such number.
-
-        ``unseen``: torch may not have counted the change, as a GradScaler's.
-        """
-        known = [
-            (p.grad, left) for p, left in zip(self._parameters, self._left, strict=True) if left and p.grad is not None
-        ]
-        if not unseen and all(_place(gradient) == place for gradient, (place, _) in known):
+    def factor(self) -> float | None:
+        """What all gradients were multiplied by since; 1 if nothing is known, ``None`` if there is no such number."""
+        known = self._known()
+        if all(_place(gradient) == place for gradient, (place, _) in known):
             return 1.0
         return _common([(_entries(gradient), entries) for gradient, (_, entries) in known])
+
+    def unscaled(self) -> tuple[bool, float | None]:
+        """Whether enough is known to tell, and the factor, of changes that torch does not count, as a GradScaler's."""
+        known = self._known()
+        told = any(bool(entries.any()) for _, (_, entries) in known)
+        return told, _common([(_entries(gradient), entries) for gradient, (_, entries) in known])
+
+    def _known(self) -> list[tuple[Tensor, Left]]:
+        pairs = zip(self._parameters, self._left, strict=True)
+        return [(p.grad, left) for p, left in pairs if left is not None and p.grad is not None]
 
     def forget(self) -> None:
         """The gradients have been used."""
         self._left[:] = [None] * len(self._left)
+        self.heard.clear()
 
 
 class Clips:
@@ -79,26 +92,31 @@ class Clips:
 
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
         """From now on watch these parameters' gradients, and no others; what was seen of the same ones stays."""
-        witness = Witness(parameters)
-        if self._witness is not None and self._witness.watches_as(witness):
-            witness.close()
-        else:
-            self.close()
-            self._witness = witness
+        witness = Witness(parameters, self._witness)
+        self.close()
+        self._witness = witness
+
+    @property
+    def heard(self) -> set[int] | None:
+        """Numbers of the backward passes that have left gradients since the last step; ``None`` if nobody watches."""
+        return None if self._witness is None else self._witness.heard
 
     def factor(self) -> float | None:
         """What all gradients were multiplied by since the backward pass; ``None`` if there is no such number."""
         return 1.0 if self._witness is None else self._witness.factor()
 
-    def scale(self) -> float:
+    def scale(self) -> float | None:
         """What the loss was multiplied by, where ``scaler.unscale_`` has divided the gradients by it since.
 
-        A clip that has followed cannot be told from it: by a factor ``c``, and this is the scale over ``c``.
+        A clip that has followed cannot be told from it: by a factor ``c``, and this is the scale over ``c``. ``None``
+        if the entries do not tell: all are 0, or of gradients that are sparse.
 
         Raises:
             StepError: if there is no such number.
         """
-        found = self._witness.factor(unseen=True) if self._witness is not None else None
+        told, found = (False, None) if self._witness is None else self._witness.unscaled()
+        if not told:
+            return None
         if found is None or found <= 0:
             raise StepError(NO_SCALE)
         return 1 / found
@@ -137,7 +155,8 @@ def _common(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
     return c
 
 
-def _note(left: list[Left | None], i: int, parameter: Tensor) -> None:
+def _note(left: list[Left | None], heard: set[int], i: int, parameter: Tensor) -> None:
+    heard.add(torch._C._current_graph_task_id())
     gradient = parameter.grad
     usable = gradient is not None and gradient.layout is torch.strided
     left[i] = (_place(gradient), _entries(gradient)) if gradient is not None and usable else None
@@ -150,6 +169,9 @@ def _place(gradient: Tensor) -> tuple[int, int]:
 def _entries(gradient: Tensor) -> Tensor:
     flat = gradient.detach().flatten()
     every = flat.shape[0] // ENTRIES
+    # from all columns: a stride that divides the rows' length would see few
+    while every > 1 and math.gcd(every, gradient.shape[-1]) > 1:
+        every += 1
     return (flat[::every] if every > 1 else flat).clone()
 
 

@@ -25,12 +25,14 @@ class Evaluated:
         gradients: of the batch's loss, for the parameters that have one; with a closure that leaves its graph, only
             for those that are not read off columns.
         graph: the loss again, where its graph is still there for more columns.
+        derived: whether the loss may be made of derivatives of the model.
     """
 
     loss: Any
     passes: Sequence[Pass]
     gradients: Mapping[nn.Parameter, Tensor]
     graph: Tensor | None = None
+    derived: bool = False
 
     def empty(self, recorder: Recorder) -> bool:
         """Whether all batches were of length 0."""
@@ -51,6 +53,7 @@ def evaluate(
     *,
     every: bool,
     keep_graph: bool,
+    heard: set[int] | None,
 ) -> Evaluated:
     """Gather passes and gradients.
 
@@ -61,13 +64,17 @@ def evaluate(
         parameters: to train.
         every: whether the gradients of all of them are needed.
         keep_graph: whether a graph that the closure left will be used for more columns.
+        heard: autograd's numbers of the backward passes that have left gradients of parameters, those of the closure
+            included as soon as it has run; ``None`` where nobody listens.
 
     Raises:
         StepError: if the closure returned more than one number, or a forward pass of another batch has followed the
             backward pass.
     """
     if closure is None:
-        return Evaluated(None, recorder.inbox.take() if recorder else [], _own(parameters, recorder))
+        derived = recorder.inbox.settle(heard or ()) if recorder else False
+        passes = recorder.inbox.take() if recorder else []
+        return Evaluated(None, passes, _own(parameters, recorder), derived=derived)
     if recorder is None:
         with torch.enable_grad():
             loss = closure()
@@ -76,28 +83,33 @@ def evaluate(
         if not gradients and isinstance(loss, Tensor) and loss.requires_grad:
             gradients = _differentiated(loss, [], parameters, retain_graph=False)
         return Evaluated(loss, [], gradients)
+    before = set(heard or ())
     with torch.enable_grad(), recorder.inbox.keeping_graph() as kept:
         loss = closure()
     _check_number(loss)
-    fresh = [p for p in kept if p.edges and (p.differentiable or not p.reached)]
-    for p in (p for p in fresh if p.differentiable):
+    went_back = bool(heard and heard - before)
+    fresh = [p for p in kept if p.edges and not p.reached and not went_back]
+    derived = any(p.waiting for p in fresh)
+    for p in fresh:
         p.clear()
-        p.twice = True
-    earlier = [p for p in recorder.inbox.take() if p not in fresh]
+    derived |= recorder.inbox.settle(heard or ())
+    earlier = recorder.inbox.take()
     if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
-        return Evaluated(loss, earlier, _own(parameters, recorder))
+        return Evaluated(loss, earlier, _own(parameters, recorder), derived=derived)
     if recorder.shards:
         raise StepError(
             "the model is sharded (fully_shard), and the closure left the backward pass to step(): call "
             "loss.backward() in the closure"
         )
-    wanted = parameters if every else _not_in_columns(network, fresh)
+    wanted = parameters if every or derived else _not_in_columns(network, fresh)
     with recorder.inbox.mute(collecting=True):
         gradients = _differentiated(loss, fresh, wanted, retain_graph=keep_graph)
+    # a pass that the loss does not look at has no samples in the batch
+    fresh = [p for p in fresh if any(c is not None for slots in p.slots() for c in slots)] or fresh
     if earlier:
         for parameter, gradient in _own(parameters, recorder).items():
             gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
-    return Evaluated(loss, [*earlier, *fresh], gradients, loss if keep_graph else None)
+    return Evaluated(loss, [*earlier, *fresh], gradients, loss if keep_graph else None, derived)
 
 
 def check_evaluated(found: Evaluated, network: Network | None, *, empty: bool = False) -> None:

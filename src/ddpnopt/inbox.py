@@ -6,13 +6,13 @@ here it is held weakly until a gradient arrives.
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from .errors import StepError
-from .passes import Pass
+from .passes import Pass, add
 
 
 class Inbox:
@@ -61,21 +61,24 @@ class Inbox:
         """A gradient has come to slot ``i`` of a pass."""
         if not self.listening:
             return
-        if torch.is_grad_enabled():
-            into.differentiable = True
-        elif into.differentiable:  # what came before is a part of the loss that is gone through now
-            into.clear()
-            into.twice = True
         gradient = gradient.detach() if gradient.requires_grad else gradient
         if self._collecting:
             slots[i] = gradient
             return
-        before = slots[i]
-        slots[i] = gradient if before is None else before + gradient
-        self._unreached = None
-        if not into.reached:
-            into.reached = True
+        if not (into.reached or into.waiting):
             self._live.append(into)
+        self._unreached = None
+        if torch.is_grad_enabled():
+            into.waiting.setdefault(torch._C._current_graph_task_id(), []).append((slots, i, gradient))
+            return
+        into.reached = True
+        slots[i] = add(slots[i], gradient)
+
+    def settle(self, heard: Collection[int]) -> bool:
+        """Sort out what a loss was made of from what is the loss's; see :meth:`Pass.settle`."""
+        found = [p.settle(heard) for p in self._live]
+        self._live = [p for p in self._live if p.reached]
+        return any(found)
 
     def take(self) -> list[Pass]:
         """The passes that a backward pass has reached since the last step, oldest first."""

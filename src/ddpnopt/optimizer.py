@@ -35,7 +35,7 @@ from .options import (
 from .persistence import loading, saving, with_numbers
 from .ranks import Ranks, Traffic, find_ranks
 from .report import Report, describe
-from .scaling import told_scale
+from .scaling import found_scale, told_scale
 from .sharded import Shards, gathered
 from .stage_cost import any_known, is_due
 from .steps import closed_loop, open_loop, settle
@@ -302,8 +302,9 @@ class DDPNOpt(torch.optim.Optimizer):
         needs_graph = self.terminal.needs_loss and not self._is_base
         every = self._is_base or self._looks or any_known(self.state)
         return evaluate(
-            closure, self._recorder, self._network, list(self._group_of), every=every, keep_graph=needs_graph
-        )
+            closure, self._recorder, self._network, list(self._group_of),
+            every=every, keep_graph=needs_graph, heard=self._clips.heard,
+        )  # fmt: skip
 
     def _solve(self, found: Evaluated, scale: float | None, accord: Accord) -> Outcome:
         """Move the weights, or raise and leave them."""
@@ -311,7 +312,7 @@ class DDPNOpt(torch.optim.Optimizer):
         gradients = found.unscaled(1.0 if scale is None else scale)
         factor = 1.0 if scale is None or self._is_base else self._clips.factor()
         if scale is None:  # with the factor of a clip that has followed
-            scale = self._clips.scale() if self._reads_columns and any(p.batch for p in found.passes) else 1.0
+            scale = self._clips.scale() if self._reads_columns else 1.0
         # on several ranks .grad is of a rank's own samples, whose length is not that of the batch's gradient
         clip = 1.0 if factor is None or accord.several else factor
         shorter = self._clips.shortening(clip)
@@ -329,9 +330,11 @@ class DDPNOpt(torch.optim.Optimizer):
                 task = Task(
                     self._network, self.param_groups, self._group_of, states, self.curvature, self.terminal,
                     self.coupling, self.feedback, self._recorder, passes, {} if empty else gradients, found.graph,
-                    scale, shorter, self._steps, self._seen, accord, looks=self._looks or factor is None,
-                    edited=factor is None,
+                    scale or 1.0, shorter, self._steps, self._seen, accord,
+                    looks=self._looks or factor is None or found.derived, edited=factor is None, derived=found.derived,
                 )  # fmt: skip
+                if scale is None and passes and self._recorder is not None:
+                    task = replace(task, loss_scale=found_scale(task))
                 units = self._found_units(task) if self._leaves_open else None
                 if units is not None:
                     task = replace(task, terminal=settled(self.terminal, units.cap), outputs=units.outputs or 1.0)

@@ -5,7 +5,7 @@ Records only: :mod:`ddpnopt.trajectory` fills them. A pass holds nothing of the 
 
 import copy
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -170,9 +170,9 @@ class Pass:
         args, kwargs: detached; ``versions`` counts writes into them.
         batch: length of the first tensor among them.
         conditions: what else the pass depended on.
-        reached: a gradient has arrived.
-        differentiable: what has arrived has graphs of its own (``create_graph=True``): a loss may be made of it.
-        twice: a loss was made of its derivatives.
+        reached: a gradient has arrived, and counts.
+        waiting: gradients that have arrived with graphs of their own (``create_graph=True``), by autograd's number of
+            the backward pass: a loss may be made of them, and then they are no part of the loss's own.
         own_draws: it drew random numbers or wrote buffers: a larger batch would not have done the same.
         spent: a step has let go of what was recorded.
         runs, visits: of layers, and of stages in the order they ran.
@@ -199,8 +199,7 @@ class Pass:
     outputs: list[Tensor] = field(default_factory=list)
     edges: list[tuple[list[Tensor | None], int, GradientEdge]] = field(default_factory=list)
     reached: bool = False
-    differentiable: bool = False
-    twice: bool = False
+    waiting: dict[int, list[tuple[list[Tensor | None], int, Tensor]]] = field(default_factory=dict)
     own_draws: bool = False
     spent: bool = False
 
@@ -214,9 +213,29 @@ class Pass:
 
     def clear(self) -> None:
         """Drop the gradients that have arrived."""
-        self.differentiable = False
+        self.waiting.clear()
         for slots in self.slots():
             slots[:] = [None] * len(slots)
+
+    def settle(self, heard: Collection[int]) -> bool:
+        """Let those of the ``waiting`` gradients count whose backward pass has reached parameters.
+
+        Args:
+            heard: backward passes that have; none: nobody knows, and all count.
+
+        Returns:
+            whether there were others.
+        """
+        others = False
+        for number, arrived in self.waiting.items():
+            if heard and number not in heard:
+                others = True
+                continue
+            self.reached = True
+            for slots, i, gradient in arrived:
+                slots[i] = add(slots[i], gradient)
+        self.waiting.clear()
+        return others
 
     def slots(self) -> list[list[Tensor | None]]:
         """Every list that gradients arrive in."""
@@ -242,6 +261,11 @@ def versions(tree: Any) -> list[int]:
     """How often each tensor in a nested structure has been written into; -1 where torch does not count."""
     tensors = (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def add(before: Tensor | None, gradient: Tensor) -> Tensor:
+    """Their sum, if there was any before."""
+    return gradient if before is None else before + gradient
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -219,16 +219,26 @@ def later_by_stage(
     return found
 
 
-def name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> None:
-    """Refuse layers that have a gradient but no columns: they were used other than by a call on the batch."""
+def name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> set[nn.Parameter]:
+    """Refuse layers that have a gradient but no columns: they were used other than by a call on the batch.
+
+    Returns:
+        parameters of layers that had columns in an earlier step: they sit this one out, and their gradient is that of a
+        penalty, or one that was left over.
+    """
+    absent: set[nn.Parameter] = set()
     for layer in task.network.layers:
         blocks = [block for block in layer.blocks if block_name(layer, block) not in outcome.refused]
         parameters = [p for block in blocks for p in block.parameters if p in task.gradients]
         if layer.name in outcome.refused or not parameters or not read.isdisjoint(parameters):
             continue
+        ran = any(run.layer is layer.module for one in task.passes for run in one.runs)
+        if not ran and any(block.parameters[0] in task.state for block in blocks):
+            absent.update(parameters)
+            continue
         stray = any(run.layer is layer.module and run.stray for one in task.passes for run in one.runs)
-        twice = any(one.twice for one in task.passes)
-        outcome.refused[layer.name] = STRAY if stray else DERIVED if twice else SILENT
+        outcome.refused[layer.name] = STRAY if stray else DERIVED if task.derived else SILENT
+    return absent
 
 
 def _columns_of(layer: Layer, linearised: Sequence[Linearised]) -> list[Columns] | None:

@@ -46,7 +46,10 @@ def met(
     by_output = zip(dims, *(run.cotangents for (run,) in runs), strict=True)
     if dims[0] and layer.rule.positionwise(layer.module):
         args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.movedim(dims[0], 0), (args, kwargs))
-    call = Call(args, kwargs, [_side_by_side(linearised, cotangents, dim) for dim, *cotangents in by_output])
+    cotangents = [_side_by_side(linearised, own, dim) for dim, *own in by_output]
+    if all(cotangent is None for cotangent in cotangents):
+        return nominal  # in some pass the loss does not go through the layer's output
+    call = Call(args, kwargs, cotangents)
     # what a rule draws or counts by calling the module is not part of the rollout
     conditions = Conditions.now(recorder.model, linearised[0].recorded.conditions.autocast[0])
     with recorder.paused(), conditions.restored(recorder.model):

@@ -24,6 +24,9 @@ COST, COST_AT, COST_SUMS = "cost", "cost_at", "cost_sums"
 KEPT = 0.5
 """Weight of the past in the sums that the curvature is a quotient of."""
 
+FLOOR = 1e-6
+"""Length of what is no cost but rounding, over the longest gradient of a block."""
+
 EVERY = 100
 """Steps between two looks for a stage cost in the long run; the first ones are at steps 0, 1, 2, 4, 8, ..."""
 
@@ -68,7 +71,7 @@ def stage_costs(task: Task, pairs: Iterable[tuple[Block, Columns]], end: Termina
         end: the value at the output.
         noise: length of what is no cost but rounding, over the gradient's; only where all are compared.
     """
-    found: dict[Block, Tensor] = {}
+    found: dict[Block, tuple[Tensor, float]] = {}
     if not (task.looks or any_known(task.state)):
         return StageCosts()
     for block, columns in pairs:
@@ -76,11 +79,18 @@ def stage_costs(task: Task, pairs: Iterable[tuple[Block, Columns]], end: Termina
         if not (known or task.looks) or (held := task.gradient(block)) is None:
             continue
         summed = columns.weighted(end.weight * end.a)
-        longest = torch.maximum(held.norm(), summed.norm())
-        rest = summed.neg_().add_(held)
-        if not task.looks or float(rest.norm()) > noise * float(longest):
-            found[block] = rest
-    return StageCosts(found, task.edited)
+        longest = float(torch.maximum(held.norm(), summed.norm())) if task.looks else 0.0
+        found[block] = summed.neg_().add_(held), longest
+    if not task.looks:
+        return StageCosts({block: rest for block, (rest, _) in found.items()}, task.edited)
+    # a gradient that is 0, of a bias before a norm say, has nothing but rounding
+    least = FLOOR * max((longest for _, longest in found.values()), default=0.0)
+    costs = {
+        block: rest
+        for block, (rest, longest) in found.items()
+        if not float(rest.norm()) <= max(noise * longest, least)  # nan is to be found, too
+    }
+    return StageCosts(costs, task.edited)
 
 
 def parted(state: State) -> tuple[State, State]:

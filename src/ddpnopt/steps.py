@@ -17,7 +17,8 @@ from .bellman import BlockPolicy, BlockTerms, StagePolicy, backward_pass, size
 from .columns import Columns, DenseColumns, SpreadColumns
 from .coupling import Coupling, is_joint, is_local, relinearises, rounds
 from .curvature.base import State
-from .dense import Dense, sweep
+from .dense import OTHERWISE, Dense, sweep
+from .errors import StepError
 from .joined import joined
 from .layers import Block
 from .linearise import Linearised, TerminalValue
@@ -92,6 +93,8 @@ def closed_loop(task: Task) -> Outcome:
             if coupled:
                 one.keep_products()
         if isinstance(task.coupling, Dense):
+            if task.derived:
+                raise StepError(f"Dense() cannot follow a loss made of the model's derivatives; {OTHERWISE}")
             costs = stage_costs(task, read_all(task, linearised), end, noise)
             with task.recorder.paused():
                 one, blocks, policies = sweep(
@@ -105,8 +108,7 @@ def closed_loop(task: Task) -> Outcome:
     whole = joined(linearised) if len(blocks) > 1 and coupled else None
     later = later_by_stage(task, linearised, blocks) if whole is not None else {}
     read = {p for pairs in blocks.values() for block, _ in pairs for p in block.parameters}
-    name_the_silent(task, read, outcome)
-    alone = task.block_gradients(read)
+    alone = task.block_gradients(read | name_the_silent(task, read, outcome))
     if not isinstance(task.coupling, Dense):
         found = [(stages.index(stage), *pair) for stage, pairs in blocks.items() for pair in pairs]
         own = Shared(found, alone, end, whole is not None, costs)

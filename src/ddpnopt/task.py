@@ -60,6 +60,7 @@ class Task:
         outputs: over how many of them a sample's loss is a mean, as far as the joint form is to know.
         looks: whether to compare all gradients with the columns (:mod:`ddpnopt.stage_cost`).
         edited: whether the gradients were changed by hand, and not by one factor; ``looks`` then, too.
+        derived: whether the loss may be made of derivatives of the model; ``looks`` then, too.
     """
 
     network: Network
@@ -82,6 +83,7 @@ class Task:
     outputs: float = 1.0
     looks: bool = False
     edited: bool = False
+    derived: bool = False
 
     def linearised(self, terminal: Terminal) -> tuple[list[Linearised], TerminalValue]:
         """The passes with their columns, and the value at the output, its linear part clipped as the gradients are."""
@@ -133,7 +135,7 @@ class Task:
         if not any(p in self.gradients for p in block.parameters):
             return None
         # a derivative of the model may depend on a weight and not on the bias
-        gradients = [self.gradients.get(p, torch.zeros_like(p)) for p in block.parameters]
+        gradients = [self.gradients[p] if p in self.gradients else torch.zeros_like(p) for p in block.parameters]
         if self.recorder is not None and self.recorder.shards and any(gradient.is_meta for gradient in gradients):
             raise StepError(
                 f"the gradient of a parameter of shape {tuple(block.parameters[0].shape)} was not kept: it is sharded, "

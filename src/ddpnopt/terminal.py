@@ -62,8 +62,8 @@ class Gradient(RankOne):
             log-likelihoods at their logits and all losses whose gradient at the model's output is as short; in the
             batch form more where it is longer (:mod:`ddpnopt.units`), so that targets in the hundreds and losses summed
             over many outputs train too; and outputs are counted there, for losses that are means over many. They are
-            counted where the model's output leads with the batch, ``[B, T, classes]`` say, or is rows of all samples,
-            ``[B T, classes]``. 1 is the paper's, and counts none.
+            counted where the model's output leads with the batch, ``[B, T, classes]`` say, or is nothing but rows of
+            all samples, ``[B T, classes]``. 1 is the paper's, and counts none.
 
     Raises:
         ValueError: if ``reduction`` is neither, or ``cap`` is not a positive number.

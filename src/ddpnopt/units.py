@@ -23,9 +23,9 @@ gradient is long, and so the cap is large. The number changes by 5 % a step at m
 says its ``for_outputs``. Of several tensors that the model returns, features beside logits say, that with the fewest
 counts.
 
-For the cap all tensors count that the model returns with the batch in front, or as rows ``[B T, ...]``, each with all
-its gradient, also what it has by way of another of them. After ``scaler.unscale_`` and a clip it is the clipped loss's
-gradient.
+For the cap all tensors count that the model returns with the batch in front (or the only one, as rows ``[B T, ...]``),
+each with all its gradient, also what it has by way of another of them. After ``scaler.unscale_`` and a clip it is the
+clipped loss's gradient.
 """
 
 import math
@@ -91,11 +91,13 @@ def output_sums(passes: Sequence[Pass], reduction: Reduction, loss_scale: float)
     sums = [0.0] * 5
     for one in passes:
         found = zip(one.values, one.leaves, one.cotangents, strict=False)
-        read = [
-            (_by_sample(x, one.batch), x._version == leaf.version, _by_sample(g, one.batch))
-            for x, leaf, g in found
-            if g is not None and _leads(g, one.batch)
-        ]
+        given = [(x, x._version == leaf.version, g) for x, leaf, g in found if g is not None and g.ndim]
+        read = [own for own in given if len(own[2]) == one.batch]
+        if not read and len(given) == 1 and _folded(given[0][2], one.batch):
+            read = [
+                (x.unflatten(0, (one.batch, -1)), unwritten, g.unflatten(0, (one.batch, -1)))
+                for x, unwritten, g in given
+            ]
         if not read:
             continue
         rows = [wide(g).reshape(len(g), -1) for _, _, g in read]
@@ -124,13 +126,9 @@ def output_sums(passes: Sequence[Pass], reduction: Reduction, loss_scale: float)
     return sums
 
 
-def _leads(x: Tensor, batch: int) -> bool:
-    """Whether a tensor has the batch in front, or rows ``[B T, classes]`` that several samples have made."""
-    return x.ndim > 0 and (len(x) == batch or (x.ndim > 1 and 1 < batch < len(x) and len(x) % batch == 0))
-
-
-def _by_sample(x: Tensor, batch: int) -> Tensor:
-    return x if len(x) == batch else x.reshape(batch, -1, *x.shape[1:])
+def _folded(x: Tensor, batch: int) -> bool:
+    """Whether a tensor may be rows ``[B T, classes]`` of all samples."""
+    return x.ndim > 1 and 1 < batch < len(x) and len(x) % batch == 0
 
 
 def _spread(g: Tensor, norm: Tensor, size: Tensor) -> Tensor:
