@@ -5,6 +5,7 @@ does what it does to ``.grad`` by hand. Both are in the gradients: less the colu
 control problem's stage cost ``l(u)``, beside weight decay's.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -72,6 +73,7 @@ def stage_costs(task: Task, pairs: Iterable[tuple[Block, Columns]], end: Termina
         noise: length of what is no cost but rounding, over the gradient's; only where all are compared.
     """
     found: dict[Block, tuple[Tensor, float]] = {}
+    longest = 0.0
     if not (task.looks or any_known(task.state)):
         return StageCosts()
     for block, columns in pairs:
@@ -79,18 +81,15 @@ def stage_costs(task: Task, pairs: Iterable[tuple[Block, Columns]], end: Termina
         if not (known or task.looks) or (held := task.gradient(block)) is None:
             continue
         summed = columns.weighted(end.weight * end.a)
-        longest = float(torch.maximum(held.norm(), summed.norm())) if task.looks else 0.0
-        found[block] = summed.neg_().add_(held), longest
-    if not task.looks:
-        return StageCosts({block: rest for block, (rest, _) in found.items()}, task.edited)
+        length = float(torch.maximum(held.norm(), summed.norm())) if task.looks else 0.0
+        rest = summed.neg_().add_(held)
+        size = float(rest.norm()) if task.looks else math.inf
+        longest = max(longest, length)
+        if not size <= noise * length:  # nan is to be found, too
+            found[block] = rest, size
     # a gradient that is 0, of a bias before a norm say, has nothing but rounding
-    least = FLOOR * max((longest for _, longest in found.values()), default=0.0)
-    costs = {
-        block: rest
-        for block, (rest, longest) in found.items()
-        if not float(rest.norm()) <= max(noise * longest, least)  # nan is to be found, too
-    }
-    return StageCosts(costs, task.edited)
+    gradients = {block: rest for block, (rest, size) in found.items() if not size <= FLOOR * longest}
+    return StageCosts(gradients, task.edited)
 
 
 def parted(state: State) -> tuple[State, State]:
@@ -105,7 +104,7 @@ def with_curvature(control: Tensor, cost: Tensor, past: State, *, edited: bool) 
     The first one makes the cost's own step, a gradient over a curvature, as long as the weights: exact for
     ``gamma / 2 |u|^2``, and no more than that for others. Then it is that of the steps made, the longest counting most:
     the sum of ``<l_u - l_u', u - u'>`` over that of ``|u - u'|^2``, in which the noise of a cost that depends on the
-    samples cancels.
+    samples cancels as far as the steps are made by something else.
 
     Args:
         control: ``u [out, fan_in]``.
