@@ -26,6 +26,7 @@ class Inbox:
         self._muted = False
         self._collecting = False
         self._unreached: int | None = None
+        self._derived = False
 
     @property
     def live(self) -> bool:
@@ -76,7 +77,7 @@ class Inbox:
 
     def settle(self, heard: Collection[int]) -> bool:
         """Sort out what a loss was made of from what is the loss's; see :meth:`Pass.settle`."""
-        found = [p.settle(heard) for p in self._live]
+        found = [self._derived, *(p.settle(heard) for p in self._live)]
         self._live = [p for p in self._live if p.reached]
         return any(found)
 
@@ -106,6 +107,13 @@ class Inbox:
         self._live.clear()
         self._kept.clear()
         self._unreached = None
+        self._derived = False
+
+    def forget_passes(self) -> None:
+        """The same, but not that some may have been gone through for the sake of a loss made of their derivatives."""
+        derived = self._derived or any(p.waiting for p in self._live)
+        self.forget()
+        self._derived = derived
 
     @contextlib.contextmanager
     def keeping_graph(self) -> Iterator[list[Pass]]:

@@ -184,7 +184,8 @@ class Recorder:
         if (wrapper := wrapper_running()) is not None:
             self.inside(wrapper)
         if self.inbox.live and all(p.grad is None for p in self._parameters()):
-            self.forget()  # model.zero_grad() has dropped the gradients of a batch that was skipped
+            self.inbox.forget_passes()  # model.zero_grad() has dropped the gradients of a batch that was skipped
+            self.shards.gradients.clear()
         tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         conditions = Conditions.now(self.model, tensors[0].device.type if tensors else "cpu")
         batch = len(tensors[0]) if tensors else 0
