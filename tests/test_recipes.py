@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cases import NETWORKS, Case
 from ddpnopt import DDPNOpt, Dense, EigenKronecker, Exact, Gradient, Identity, Kronecker, Matched, Sampled, StepError
+from ddpnopt.clipping import Clips
 
 Step = Callable[[DDPNOpt, Case, nn.Module], object]
 
@@ -514,6 +515,39 @@ def test_the_scale_is_found_where_no_remembered_entry_tells(rows: int, sparse: b
         return [p.detach() for p in model.parameters()]
 
     close(weights(torch.amp.GradScaler("cpu", init_scale=1024.0)), weights(None))
+
+
+def test_rows_edited_after_unscaling_hide_the_scale() -> None:
+    model, scaler = Tables(9, sparse=True), torch.amp.GradScaler("cpu")
+    optimizer = DDPNOpt(model)
+    scaler.scale((model(torch.randint(1, 8, (6, 2))) - 1).square().mean()).backward()
+    scaler.unscale_(optimizer)
+    gradient = model.one.weight.grad
+    assert gradient is not None
+    gradient._values().mul_(2)
+    with pytest.raises(StepError, match="so the scale cannot be told"):
+        scaler.step(optimizer)
+
+
+def test_what_is_remembered_of_gradients() -> None:
+    layers = nn.Linear(128, 64), nn.Linear(64, 2)
+    parameters = [p for layer in layers for p in layer.parameters()]
+    clips = Clips()
+    clips.watch(parameters)
+    layers[1](layers[0](torch.randn(3, 128))).sum().backward()
+    clips.watch([*parameters[1:], parameters[0]])  # as when a layer is thawed
+    heard = clips.heard
+    assert heard is not None
+    assert len(heard) == 1
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 0.5)
+    assert clips.factor() == pytest.approx(0.5)
+    gradient = parameters[0].grad
+    assert gradient is not None
+    gradient[:, 64:] = 0  # every 128th entry, of 8,192, would be of the first column
+    assert clips.factor() is None
+    clips.forget()
+    assert not heard
+    assert clips.factor() == 1.0
 
 
 def test_the_scale_is_found_where_a_layer_was_thawed() -> None:

@@ -383,10 +383,11 @@ def test_a_layer_that_only_derivatives_depend_on_is_moved_and_named() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-def test_a_backward_pass_with_a_graph_is_a_backward_pass() -> None:
+@pytest.mark.parametrize("settings", [{}, {"coupling": "sample", "feedback": False, "curvature": Identity()}])
+def test_a_backward_pass_with_a_graph_is_a_backward_pass(settings: dict[str, Any]) -> None:
     def weights(create_graph: bool) -> Tensor:
         model = network()
-        optimizer = DDPNOpt(model)
+        optimizer = DDPNOpt(model, **settings)
         for _ in range(3):
             optimizer.zero_grad()
             CRITERION(model(torch.randn(12, 6)), torch.randint(3, (12,))).backward(create_graph=create_graph)

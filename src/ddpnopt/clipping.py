@@ -7,7 +7,6 @@ Loops made for Adam clip most of their steps, which Adam does not notice: a fact
 its steps. Here too it is only a factor below the usual one that shortens a step.
 """
 
-import math
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -20,6 +19,8 @@ from .errors import StepError
 
 ENTRIES = 64
 """Of each gradient, about as many are remembered."""
+
+GOLDEN = 0.618
 
 NO_SCALE = (
     "after scaler.unscale_(optimizer) the gradients are not those of the backward pass times one factor, so the scale "
@@ -169,9 +170,9 @@ def _place(gradient: Tensor) -> tuple[int, int]:
 def _entries(gradient: Tensor) -> Tensor:
     flat = gradient.detach().flatten()
     every = flat.shape[0] // ENTRIES
-    # from all columns: a stride that divides the rows' length would see few
-    while every > 1 and math.gcd(every, gradient.shape[-1]) > 1:
-        every += 1
+    if every > 1 and every >= (width := gradient.shape[-1]):
+        # from all columns, the next one a golden section further: a stride of whole rows would see one column
+        every += round(GOLDEN * width) - every % width
     return (flat[::every] if every > 1 else flat).clone()
 
 
