@@ -370,16 +370,41 @@ def test_all_call_forms_take_the_same_step_from_derivatives(kind: str) -> None:
     assert torch.equal(found[0], found[2])
 
 
-def test_a_layer_that_only_derivatives_depend_on_is_moved_and_named() -> None:
-    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
-    optimizer, before = DDPNOpt(model, weight_decay=0), parameters_to_vector(model.parameters()).detach()
-    x = torch.randn(5, 2, requires_grad=True)
-    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    slope.sub(1).square().mean().backward()
-    with pytest.warns(UserWarning, match="2, Linear: the loss depends on it through derivatives"):
-        optimizer.step()
-    moved = (parameters_to_vector(model.parameters()).detach() != before).tolist()
-    assert moved == [True] * 32 + [False]  # no derivative depends on the last bias
+@pytest.mark.parametrize("form", ["drop-in", "closure", "closure with backward"])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.LeakyReLU, nn.Identity])
+def test_a_step_from_a_penalty_on_derivatives_alone(activation: Callable[[], nn.Module], form: str) -> None:
+    """As a lazy one is. Without curvature in between no gradient comes to any output; layers keep their columns."""
+    settings: dict[str, Any] = {"weight_decay": 0.0, "momentum": 0.0, "curvature": Identity()}
+
+    def moved(make: Callable[[nn.Module], torch.optim.Optimizer], form: str) -> tuple[Tensor, Any]:
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(6, 8), activation(), nn.Linear(8, 1))
+        optimizer, before = make(model), torch.zeros(())
+        for lazy in (False, True, False, True):
+            before = parameters_to_vector(model.parameters()).detach()
+            x = torch.randn(12, 6, requires_grad=True)
+
+            def closure(x: Tensor, lazy: bool) -> Tensor:
+                optimizer.zero_grad()
+                loss: Tensor = nn.functional.softplus(model(x)).mean()
+                if lazy:
+                    loss = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].square().sum(1).mean()
+                if form != "closure":
+                    loss.backward()
+                return loss
+
+            if form == "drop-in":
+                closure(x, lazy)
+                optimizer.step()
+            else:
+                optimizer.step(partial(closure, x, lazy))  # type: ignore[arg-type]
+        return parameters_to_vector(model.parameters()).detach() - before, optimizer
+
+    found, optimizer = moved(lambda model: DDPNOpt(model, 1e-6, **settings), form)
+    wanted, _ = moved(lambda model: torch.optim.SGD(model.parameters(), 1e-6), "drop-in")
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+    assert [row.rule for row in optimizer.report().rows] == ["linear"] * 2
+    moved(DDPNOpt, form)
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")

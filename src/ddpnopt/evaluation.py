@@ -92,7 +92,7 @@ def evaluate(
     derived = any(p.waiting for p in fresh)
     for p in fresh:
         p.clear()
-    derived |= recorder.inbox.settle(heard or ())
+    derived |= recorder.inbox.settle(heard or (), graph=bool(fresh))
     earlier = recorder.inbox.take()
     if not (fresh and isinstance(loss, Tensor) and loss.requires_grad):
         return Evaluated(loss, earlier, _own(parameters, recorder), derived=derived)

@@ -75,10 +75,15 @@ class Inbox:
         into.reached = True
         slots[i] = add(slots[i], gradient)
 
-    def settle(self, heard: Collection[int]) -> bool:
-        """Sort out what a loss was made of from what is the loss's; see :meth:`Pass.settle`."""
+    def settle(self, heard: Collection[int], *, graph: bool = False) -> bool:
+        """Sort out what a loss was made of from what is the loss's; see :meth:`Pass.settle`.
+
+        ``graph``: the loss's own gradients are still to come.
+        """
         found = [self._derived, *(p.settle(heard) for p in self._live)]
-        self._live = [p for p in self._live if p.reached]
+        # where the loss is made of derivatives alone, those passes are the batch
+        reached = [p for p in self._live if p.reached]
+        self._live = reached if reached or graph else self._live
         return any(found)
 
     def take(self) -> list[Pass]:

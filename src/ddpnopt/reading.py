@@ -8,21 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .columns import Columns, ScaledColumns, over_batches, over_uses
+from .columns import Columns, OuterColumns, ScaledColumns, over_batches, over_uses
 from .conditions import redrawn
 from .coupling import relinearises
 from .layers import Block, Call, rule_for
 from .layers.generic import depends_on
 from .linearise import Linearised
 from .network import Layer, Network, Stage, Tied, block_name
-from .passes import Run
+from .passes import Run, wide
 from .rollout import Later
 from .task import Outcome, Task
-
-DERIVED = (
-    "the loss depends on it through derivatives of the model alone, which no column tells: one update from the whole "
-    "batch's gradient"
-)
 
 LARGEST = 1 << 26
 """Numbers that a tied parameter's per-sample gradients may hold, where its uses have columns of two forms."""
@@ -99,9 +94,9 @@ def read_layer(
     assert task.recorder is not None
     with task.recorder.paused():
         if layer.rule.name != "generic":
-            return list(zip(layer.blocks, _columns_of(layer, linearised) or (), strict=False))
+            return list(zip(layer.blocks, _columns_of(layer, linearised) or _absent(task, layer), strict=False))
         try:
-            pairs = list(zip(layer.blocks, _columns_of(layer, linearised) or (), strict=False))
+            pairs = list(zip(layer.blocks, _columns_of(layer, linearised) or _absent(task, layer), strict=False))
         except Exception as error:  # vmap refuses modules in ways of its own, none of them the user's fault
             said = str(error).partition("\n")[0].partition(". ")[0]
             outcome.refused[layer.name] = (
@@ -110,6 +105,22 @@ def read_layer(
             return []
     # a module need not use every parameter it has; one that got no gradient stays, as in torch
     return [(block, columns) for block, columns in pairs if all(p in task.gradients for p in block.parameters)]
+
+
+def _absent(task: Task, layer: Layer) -> list[Columns]:
+    """Columns of zero of a layer on which the loss depends through derivatives of the model alone; else none."""
+    runs = [run for one in task.passes for run in one.runs if run.layer is layer.module]
+    if not (task.derived and runs) or any(run.misfit or run.stray for run in runs):
+        return []
+    if not any(p in task.gradients for block in layer.blocks for p in block.parameters):
+        return []
+    batch = sum(one.batch for one in task.passes)
+    found: list[Columns] = []
+    for block in layer.blocks:
+        numbers = wide(block.parameters[0])
+        out, fan_in = block.shape
+        found.append(OuterColumns(numbers.new_zeros(1, batch, 1, out), numbers.new_zeros(batch, 1, fan_in)))
+    return found
 
 
 def without_strays(
@@ -237,7 +248,7 @@ def name_the_silent(task: Task, read: set[nn.Parameter], outcome: Outcome) -> se
             absent.update(parameters)
             continue
         stray = any(run.layer is layer.module and run.stray for one in task.passes for run in one.runs)
-        outcome.refused[layer.name] = STRAY if stray else DERIVED if task.derived else SILENT
+        outcome.refused[layer.name] = STRAY if stray else SILENT
     return absent
 
 
