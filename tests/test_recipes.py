@@ -437,6 +437,19 @@ def test_half_precision_holds_a_mean_over_many_confident_tokens(terminal: Any, u
     assert not torch.equal(model.weight, before)
 
 
+def unscaled_step(optimizer: DDPNOpt, loss: Callable[[], Tensor], scaler: torch.amp.GradScaler | None) -> None:
+    """A step with the scaler's ``unscale_`` before it, or a plain one."""
+    optimizer.zero_grad()
+    if scaler is None:
+        loss().backward()
+        optimizer.step()
+        return
+    scaler.scale(loss()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
 class AllTied(nn.Module):
     """Has no parameter but one of two layers."""
 
@@ -470,15 +483,7 @@ def test_the_scale_is_found_in_any_layer(make: Callable[[], nn.Module]) -> None:
         x, y = torch.randint(7, (6, 3)), torch.randint(7, (6,))
         optimizer = DDPNOpt(model, lr=1.0)
         for _ in range(2):
-            optimizer.zero_grad()
-            loss = criterion(model(x), y)
-            (scaler.scale(loss) if scaler else loss).backward()
-            if scaler:
-                scaler.unscale_(optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
+            unscaled_step(optimizer, lambda: criterion(model(x), y), scaler)
         return [p.detach() for p in model.parameters()]
 
     close(weights(torch.amp.GradScaler("cpu", init_scale=1024.0)), weights(None))
@@ -503,15 +508,7 @@ def test_the_scale_is_found_where_no_remembered_entry_tells(rows: int, sparse: b
         model = Tables(rows, sparse)
         optimizer, pairs = DDPNOpt(model), torch.randint(1, 8, (6, 2))
         for _ in range(2):
-            optimizer.zero_grad()
-            loss = (model(pairs) - 1).square().mean()
-            (scaler.scale(loss) if scaler else loss).backward()
-            if scaler:
-                scaler.unscale_(optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
+            unscaled_step(optimizer, lambda: (model(pairs) - 1).square().mean(), scaler)
         return [p.detach() for p in model.parameters()]
 
     close(weights(torch.amp.GradScaler("cpu", init_scale=1024.0)), weights(None))
@@ -558,15 +555,7 @@ def test_the_scale_is_found_where_a_layer_was_thawed() -> None:
         optimizer = DDPNOpt(case.model)
         for step in range(3):
             first.requires_grad_(step > 0)
-            optimizer.zero_grad()
-            loss = criterion(case.model(case.x), case.y)
-            (scaler.scale(loss) if scaler else loss).backward()
-            if scaler:
-                scaler.unscale_(optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
+            unscaled_step(optimizer, lambda: criterion(case.model(case.x), case.y), scaler)
         return [p.detach() for p in case.model.parameters()]
 
     close(weights(torch.amp.GradScaler("cpu", init_scale=1024.0)), weights(None))

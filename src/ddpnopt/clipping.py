@@ -21,6 +21,7 @@ ENTRIES = 64
 """Of each gradient, about as many are remembered."""
 
 GOLDEN = 0.618
+"""Multiples of it, modulo 1, are spread evenly however many there are."""
 
 NO_SCALE = (
     "after scaler.unscale_(optimizer) the gradients are not those of the backward pass times one factor, so the scale "

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .passes import Pass, floating
+from .passes import Pass
+from .trees import floating
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

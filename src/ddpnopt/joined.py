@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .linearise import Linearised
-from .passes import Visit, versions
+from .passes import Visit
 from .state import joined_state
+from .trees import versions
 
 
 def joined(parts: Sequence[Linearised]) -> Linearised | None:

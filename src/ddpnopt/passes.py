@@ -3,19 +3,18 @@
 Records only: :mod:`ddpnopt.trajectory` fills them. A pass holds nothing of the graph but, at most, its edges.
 """
 
-import copy
 import weakref
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils import _pytree as pytree
 
 from .conditions import Conditions
 from .errors import StepError
+from .trees import versions
 
 
 @dataclass(eq=False)
@@ -244,25 +243,6 @@ class Pass:
         return [self.cotangents, *(holder.cotangents for holder in holders)]
 
 
-def leaves(tree: Any) -> list[Any]:
-    """What nested tuples, lists and dictionaries hold, in order: ``pytree.tree_leaves``, many times faster on them."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    kind = type(tree)
-    if kind is tuple or kind is list:
-        return [leaf for part in tree for leaf in leaves(part)]
-    if kind is dict:
-        return [leaf for part in tree.values() for leaf in leaves(part)]
-    found: list[Any] = pytree.tree_leaves(tree)
-    return found
-
-
-def versions(tree: Any) -> list[int]:
-    """How often each tensor in a nested structure has been written into; -1 where torch does not count."""
-    tensors = (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
 def add(before: Tensor | None, gradient: Tensor) -> Tensor:
     """Their sum, if there was any before."""
     return gradient if before is None else before + gradient
@@ -288,41 +268,3 @@ def signed_sum(cotangents: Sequence[Tensor | None], terms: Sequence[tuple[int, i
         if part is not None:
             total = torch.add(total, part, alpha=sign) if total is not None else part if sign > 0 else -part
     return total
-
-
-def floating(tree: Any) -> list[Tensor]:
-    """The floating-point tensors in nested tuples, lists, mappings and dataclasses."""
-    found: list[Tensor] = []
-    for leaf in leaves(tree):
-        if isinstance(leaf, Tensor):
-            found += [leaf] if leaf.is_floating_point() else []
-        elif isinstance(leaf, Mapping):
-            found += floating(dict(leaf))
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += floating([getattr(leaf, f.name) for f in fields(leaf)])
-    return found
-
-
-def detached(tree: Any) -> Any:
-    """The same nested structure with every tensor detached, also in mappings and dataclasses."""
-
-    def alone(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.detach()
-        if isinstance(leaf, MutableMapping):
-            leaf = copy.copy(leaf)
-            for key, value in leaf.items():
-                leaf[key] = detached(value)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            leaf = copy.copy(leaf)
-            for name in (f.name for f in fields(leaf)):
-                object.__setattr__(leaf, name, detached(getattr(leaf, name)))
-        return leaf
-
-    if isinstance(tree, Tensor):
-        return tree.detach()
-    if type(tree) is tuple:
-        return tuple(map(detached, tree))
-    if type(tree) is dict and not tree:  # no named arguments, as most calls
-        return {}
-    return pytree.tree_map(alone, tree)

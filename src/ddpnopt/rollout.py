@@ -14,9 +14,10 @@ from .columns import Columns
 from .layers import Block
 from .linearise import Linearised
 from .network import Stage, matrix_of
-from .passes import Pass, Place, floating, fronted, signed_sum
+from .passes import Pass, Place, fronted, signed_sum
 from .state import Boundary
 from .trajectory import Recorder
+from .trees import floating
 
 Apply = Callable[[Stage, StagePolicy, Tensor], None]
 Meet = Callable[[Stage, tuple[Any, ...], Mapping[str, Any]], StagePolicy]

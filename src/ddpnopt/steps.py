@@ -23,7 +23,7 @@ from .joined import joined
 from .layers import Block
 from .linearise import Linearised, TerminalValue
 from .network import Stage, matrix_of
-from .passes import floating, wide
+from .passes import wide
 from .reading import blocks_by_stage, later_by_stage, let_go, name_the_silent, read_all, read_layer, read_tied
 from .relinearise import met
 from .rollout import forward_pass, restore_overwritten
@@ -31,6 +31,7 @@ from .sharing import Found, Shared, averaged, gathered_deviation, meet_at, of_th
 from .stage_cost import StageCosts, parted, rounding, stage_costs, with_curvature
 from .task import VELOCITY, VELOCITY_LR, Outcome, Task
 from .terminal import Gradient
+from .trees import floating
 from .value import BatchPolicy, BatchValue, Policy, SampleValue
 
 

@@ -20,9 +20,10 @@ from .conditions import Conditions, rng_states
 from .hooks import ModuleHook, TensorTap
 from .inbox import Inbox, PassEar
 from .layers import Layout, is_batch, rule_for
-from .passes import Leaf, Pass, Place, Run, Visit, detached, floating, fronted, leaves, versions
+from .passes import Leaf, Pass, Place, Run, Visit, fronted
 from .sharded import Shards
 from .state import Boundaries, Boundary, Tracer
+from .trees import detached, floating, leaves, versions
 from .wrapped import keep_gradients_local, wrapper_running
 
 BeforeStage = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
