@@ -121,17 +121,36 @@ def test_alone_nothing_is_exchanged() -> None:
 
 
 def test_torchrun_starts_it_with_no_other_change(tmp_path: Path) -> None:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ddpnopt", "train", "iris"]
-    path = os.pathsep.join(sys.path)
-    done = subprocess.run(
-        [sys.executable, *words, "--epochs", "1", "--optimizer", "sgd"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = torchrun(["-m", "ddpnopt", "train", "iris", "--epochs", "1", "--optimizer", "sgd"], tmp_path)
     assert done.stdout.count("test accuracy") == 1
     assert done.stderr.count("epoch 1/1") == 1
     assert [place.name for place in (tmp_path / "runs").iterdir()] == ["iris-sgd-seed0"]
     assert json.loads((tmp_path / "runs" / "iris-sgd-seed0" / "environment.json").read_text())["ranks"] == 2
+
+
+PARTS = """
+import weakref, torch
+from ddpnopt.experiments.team import join
+
+with join():
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    group = weakref.ref(torch.distributed.group.WORLD)
+print("gone" if group() is None else "left", flush=True)
+"""
+
+
+def test_nothing_of_the_group_is_left_when_the_team_parts(tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    assert torchrun(["parts.py"], tmp_path).stdout.split() == ["gone", "gone"]
+
+
+def torchrun(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done

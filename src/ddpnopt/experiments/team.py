@@ -5,6 +5,7 @@ answers the next exchange that the others are about to make, whichever it is, si
 """
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -130,6 +131,10 @@ def join() -> Iterator[Team]:
         return
     meets = not distributed.is_initialized()
     if meets:
+        # Its functions' defaults keep the group of the moment they are first imported, as by every optimizer's
+        # constructor. That group outlives destroy_process_group, and gloo's threads with it: a process whose
+        # interpreter ends while one of them drops a tensor aborts.
+        importlib.import_module("torch.distributed.nn.functional")
         distributed.init_process_group("gloo")
     yield Team(distributed.get_rank(), distributed.get_world_size())
     if meets:  # after an error the process ends, and the others must not hear of it before it has said why
