@@ -178,10 +178,11 @@ def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[s
     found = [mean_score(ddpnopt(lr)) for lr in arguments.lrs]
     found += [mean_score(ddpnopt(0.1, cap=1)), float("nan") if several else mean_score(matched)]
     found.append(max(mean_score(adamw(lr)) for lr in ADAM))
-    return [task.words, *(_words(value) for value in found)]
+    return [task.words, *map(in_words, found)]
 
 
-def _words(value: float) -> str:
+def in_words(value: float) -> str:
+    """A score, or that there is none worth the name."""
     if value != value:
         return ""
     return "failed" if value == -float("inf") else "< -100" if value < -100 else f"{value:.1f}"

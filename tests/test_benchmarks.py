@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,25 @@ def test_units_are_told_apart_by_the_cap_alone(main: Main, tmp_path: Path) -> No
     assert abs(float(small[0]) - float(small[1])) < 10
     assert float(large[0]) > float(large[1]) + 30
     assert "learning rates 0.0003, 0.001, 0.003, 0.01" in page
+
+
+def test_a_limit_keeps_pictures_from_failing(main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = importlib.import_module("pictures")
+    torch.manual_seed(0)
+    colour, grey = (torch.randn(600, 1, 1, 1) + torch.rand(600, channels, size, size) for channels, size in SIZES)
+    parts = {"cifar10": colour, "fashion-mnist": grey}
+    monkeypatch.setattr(measured.data, "load", lambda name, _: SimpleNamespace(train=SimpleNamespace(x=parts[name])))
+    assert measured.main(["--lrs", "10", "--seeds", "1", "--steps", "20", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "pictures.md").read_text()
+    found = {row[0]: row[1:] for row in re.findall(r"^\| (.+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", page, re.M)}
+    convolutional, pixels = (found[name] for name in (WORDS, "Fashion-MNIST, level of each pixel"))
+    assert len(found) == 1 + 3  # the first is the rule below the header
+    assert float(convolutional[1]) > float(convolutional[0])
+    assert float(pixels[1]) > 30
+
+
+SIZES = ((3, 32), (1, 28))
+WORDS = "CIFAR-10, autoencoder, convolutional"
 
 
 def test_terms_that_no_output_carries_are_trained(main: Main, tmp_path: Path) -> None:

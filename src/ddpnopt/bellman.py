@@ -1,5 +1,6 @@
 """The backward pass over stages: from every block's columns to every stage's feedback policy."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from .columns import Columns, add_
 from .curvature.base import Curvature, State
 from .inverse import Inverse
+from .limits import held
 from .value import Policy, SampleValue, Value
 
 
@@ -21,12 +23,14 @@ class Settings:
         decay: curvature of the stage cost, ``decay / 2 |u|^2`` if nothing but weight decay costs.
         kept: share of the weights that decoupled decay leaves, before the policy moves them.
         momentum: weight of the last update, a drift: ``R`` is centred on ``u - lr momentum v``.
+        limit: largest change of the weights in one step, relative to them (:mod:`ddpnopt.limits`).
     """
 
     lr: float
     decay: float
     kept: float
     momentum: float
+    limit: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class BlockPolicy:
         ``control``: the block's parameters, each as a matrix, ``[out, fan_in]`` side by side; written into.
         """
         terms = self.terms
-        if self.offset is None and not terms.settings.momentum:
+        if self.offset is None and not terms.settings.momentum and terms.settings.limit == math.inf:
             terms.columns.move_(control, self.inverse, weights, -terms.settings.lr, terms.settings.kept)
             return None
         return self.follow_(control, self.direction(weights))
@@ -90,8 +94,12 @@ class BlockPolicy:
         return direction if self.offset is None else direction + self.offset
 
     def follow_(self, control: Sequence[Tensor], direction: Tensor) -> Tensor | None:
-        """Move what is kept of ``u`` by ``-lr`` times a direction; returns the new velocity, if there is one."""
+        """Move what is kept of ``u`` by ``-lr`` times a direction, within the limit; returns the new velocity, if any.
+
+        ``direction`` is written into.
+        """
         settings = self.terms.settings
+        direction = held(direction, control, settings.lr, settings.limit)
         add_(control, direction, -settings.lr, settings.kept)
         return direction if settings.momentum else None
 

@@ -1,6 +1,7 @@
 """``DDPNOpt``: parameter groups, life time, the step's order of events. No mathematics lives here."""
 
 import copy
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from .options import (
     OnNonfinite,
     check_chain,
     check_group,
+    check_limit,
     check_numbers,
     check_options,
     check_several,
@@ -81,6 +83,10 @@ class DDPNOpt(torch.optim.Optimizer):
             and the policy moves these. In the batch form, whose steps are bounded as ``lr`` grows, a group whose
             largest ``lr`` is above 0.1 counts it as 0.1 here. ``False``: the stage cost. Default: ``True`` in the batch
             form, ``False`` in the others.
+        max_change: in the batch form, largest change of a layer's weights in one step, relative to their length or to
+            that of freshly drawn ones (:mod:`ddpnopt.limits`); the layers behind one that is held answer to it. Where
+            a run diverges at the other defaults, 0.3 is worth a try. A group may have its own. Default: ``math.inf``,
+            no limit.
         stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
             layers inside one move together. Default: every layer is a stage, and its state, all that lives at its
             cut, is found in autograd's graph.
@@ -128,6 +134,7 @@ class DDPNOpt(torch.optim.Optimizer):
         momentum: float | None = None,
         weight_decay: float | None = None,
         decoupled_weight_decay: bool | None = None,
+        max_change: float = math.inf,
         stages: Sequence[str | nn.Module] | None = None,
         on_nonfinite: OnNonfinite = "raise",
         process_group: Any = None,
@@ -139,8 +146,9 @@ class DDPNOpt(torch.optim.Optimizer):
         check_stages(coupling, stages)
         given = {"momentum": momentum, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay}
         said = {name: value for name, value in given.items() if value is not None}
-        defaults = {"lr": lr, **default_numbers(coupling), **said, PEAK_LR: 0.0}
+        defaults = {"lr": lr, **default_numbers(coupling), **said, "max_change": max_change, PEAK_LR: 0.0}
         check_numbers(defaults)
+        check_limit(defaults, coupling)
         wrapper: Any = None
         if isinstance(model_or_params, nn.Module):
             drop_old_code(model_or_params)
@@ -171,7 +179,9 @@ class DDPNOpt(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its numbers are checked as at construction."""
-        check_numbers({**self.defaults, **param_group})
+        numbers = {**self.defaults, **param_group}
+        check_numbers(numbers)
+        check_limit(numbers, self.coupling)
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1], self.model, self._shards)
@@ -456,6 +466,7 @@ class DDPNOpt(torch.optim.Optimizer):
             # saved before there were such entries
             group.setdefault("decoupled_weight_decay", False)
             group.setdefault(PEAK_LR, 0.0)
+            group.setdefault("max_change", math.inf)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict passes state and groups alone
             self._last = None
             # older ones have none of these

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .coupling import Batch, Coupling, relinearises
+from .coupling import Batch, Coupling, is_joint, relinearises
 from .curvature import Curvature
 from .dense import Dense, chain_of
 from .errors import StepError
@@ -20,6 +20,9 @@ OnNonfinite = Literal["raise", "skip"]
 def check_numbers(group: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless a parameter group's numbers are in range and its decay is decoupled or not."""
     ranges = {"lr": "a step size >= 0 such as 0.1", "momentum": "a number in [0, 1)", "weight_decay": "a number >= 0"}
+    limit = group["max_change"]
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit > 0:
+        raise ValueError(f"Invalid max_change: {limit!r}; give a part of the weights such as 0.3, or math.inf for none")
     for name, wanted in ranges.items():
         given = group[name]
         if isinstance(given, Tensor) and given.numel() != 1:
@@ -31,6 +34,15 @@ def check_numbers(group: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid {name}: {given!r}; give {wanted}")
     if not isinstance(given := group["decoupled_weight_decay"], bool):
         raise ValueError(f"Invalid decoupled_weight_decay: {given!r}; give True or False")
+
+
+def check_limit(group: Mapping[str, Any], coupling: Coupling) -> None:
+    """Raise ``ValueError`` for a control limit in a form that has none."""
+    if group["max_change"] != math.inf and not is_joint(coupling):
+        raise ValueError(
+            f"max_change={group['max_change']!r}: coupling={coupling!r} has no limit of this kind, since it is to "
+            "coincide with published forms; leave it out, or use coupling='batch'"
+        )
 
 
 def check_group(group: Mapping[str, Any], model: nn.Module | None, shards: Shards) -> None:

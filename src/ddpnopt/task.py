@@ -1,5 +1,6 @@
 """What one step works on, and what it leaves."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -103,10 +104,12 @@ class Task:
             past, least = self.past_weight
             # relative to the highest, or a schedule could not still the steps once the memory outweighs 1 / lr
             own = lr / (growth * max(1 + highest * past, highest * least))
+        # a parameter that no rule reads may be of any units, and zero in them
+        limit = math.inf if alone else float(group["max_change"])
         if not group["decoupled_weight_decay"]:
-            return Settings(own, gamma, 1.0, momentum)
+            return Settings(own, gamma, 1.0, momentum, limit)
         reach = lr * min(1.0, DECAY_LR / highest) if joint and highest else lr
-        return Settings(own, 0.0, 1 / (1 + reach * gamma), momentum)
+        return Settings(own, 0.0, 1 / (1 + reach * gamma), momentum, limit)
 
     def counted(self, *, alone: bool = False) -> tuple[float, Curvature]:
         """What ``M`` is multiplied by for the number of outputs, and the curvature; ``alone``: see :meth:`settings`."""

@@ -48,6 +48,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from math import inf
 from typing import Literal, NamedTuple
 
 import torch
@@ -133,12 +134,18 @@ def relinearised(stage: Stage, x_next: Tensor, V_x: Tensor, V_xx: Tensor) -> Law
 
 
 def rollout(
-    stages: Sequence[Stage], x: Tensor, laws: Sequence[Law], weight: Tensor
+    stages: Sequence[Stage],
+    x: Tensor,
+    laws: Sequence[Law],
+    weight: Tensor,
+    longest: Sequence[float] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run again from x [S, n] under the laws, averaged with weight [S]: T controls [P] and T + 1 states [S, n]."""
     controls, new = [], [x]
-    for stage, law in zip(stages, laws, strict=True):
-        controls.append(stage.u + weight @ law(new[-1]) + stage.once)
+    for stage, law, bound in zip(stages, laws, longest or [inf] * len(stages), strict=True):
+        du = weight @ law(new[-1])
+        du = du * min(1.0, bound / float(du.norm())) if bound < inf else du
+        controls.append(stage.u + du + stage.once)
         new.append(vmap(partial(stage.f, controls[-1]))(new[-1]))
     return controls, new
 
@@ -171,6 +178,7 @@ def dense_step(
     decay: Sequence[float] | None = None,
     drift: Sequence[Tensor] | None = None,
     kept: Sequence[float] | None = None,
+    longest: Sequence[float] | None = None,
     coupling: Literal["batch", "sample"] = "batch",
     feedback: bool = True,
     value_ridge: float = 0.0,
@@ -187,6 +195,7 @@ def dense_step(
     not see it; it is added to their average.
     kept: T shares of u that decoupled decay leaves, to which the update is added. No policy sees it but by the states
     of the rollout.
+    longest: T bounds of |du|, control limits: what a policy answers at the state it meets is shortened to them.
     value_ridge: eps of the optional Tikhonov V_xx + eps I (Algorithm 3), for each V_xx as it enters a stage.
     second_order: dynamics to second order, V_x . f_ux in Q_ux and V_x . f_xx in Q_xx.
     relinearise: each stage is solved again at the state the rollout meets (coupling "batch" only). A stage's value
@@ -230,7 +239,7 @@ def dense_step(
     if relinearise and feedback:
         ahead = [curvature + value_ridge * torch.eye(curvature.shape[-1]).to(curvature) for curvature in V_xx]
         laws = [relinearised(*law) for law in zip(stages, states[1:], V_x[1:], ahead[1:], strict=True)]
-    new_controls, new_states = rollout(stages, states[0], laws, terminal.weight)
+    new_controls, new_states = rollout(stages, states[0], laws, terminal.weight, longest)
     return DenseStep(
         controls=new_controls,
         trajectory=[X.reshape(B, -1) for X in new_states],
