@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import CURVATURES, NETWORKS
-from ddpnopt import Adaptive, DDPNOpt, Exact, Gradient, Identity, Matched, Sampled, StepError
+from ddpnopt import Adaptive, DDPNOpt, Exact, Gradient, Identity, Kronecker, Matched, Sampled, StepError
 
 NAN, INF = float("nan"), float("inf")
 Batch = tuple[Tensor, Tensor]
@@ -298,6 +298,22 @@ class Finicky(nn.Module):
         if not bool(torch.isfinite(x).all()):
             raise KeyError("bad input")
         return x
+
+
+@pytest.mark.parametrize("settings", [{}, {"feedback": False}, {"coupling": "sample"}])
+def test_moments_that_overflow_while_the_gradients_do_not(settings: dict[str, Any]) -> None:
+    """A factor kept as its leading directions has none then."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 3))
+    x, y = torch.randn(6, 4, 8, 8), torch.randn(6, 3)
+    optimizer = DDPNOpt(model, curvature=Kronecker(rank=1), **settings)
+    before = [p.detach().clone() for p in model.parameters()]
+    (1e20 * (model(x) - y).sum(1)).mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    with pytest.raises(StepError, match=r"not finite \(nan or inf\); weights and optimizer state are unchanged"):
+        optimizer.step()
+    assert equal(before, list(model.parameters()))
 
 
 def test_a_model_that_refuses_the_spoiled_weights_in_the_second_pass() -> None:

@@ -76,5 +76,5 @@ def _product(values: Tensor, inverse: Inverse) -> Tensor:
     """``U M^-1 U'``, ``[N, N]``, of gradients ``[R, B, out, fan_in]``."""
     rows = values.flatten(0, 1).flatten(1)
     return symmetric_product(
-        (rows, rows), solve=lambda some: inverse.solve(some.view(-1, *values.shape[2:])).flatten(1)
+        (rows, rows), solve=lambda some: inverse.solve(some.view(len(some), *values.shape[2:])).flatten(1)
     )
