@@ -31,6 +31,7 @@ bench: $(READY)  ## the pages of docs/results but the paper's, conformance, suit
 	$(BIN)/python benchmarks/units.py
 	$(BIN)/python benchmarks/penalties.py
 	$(BIN)/python benchmarks/pictures.py
+	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/distributed_bytes.py
 	$(BIN)/python benchmarks/distributed_rounding.py
 	$(BIN)/python benchmarks/sharded.py

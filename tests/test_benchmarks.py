@@ -112,6 +112,17 @@ SIZES = ((3, 32), (1, 28))
 WORDS = "CIFAR-10, autoencoder, convolutional"
 
 
+def test_deep_plain_networks_train_where_little_damping_is_held(main: Main, tmp_path: Path) -> None:
+    measured = importlib.import_module("depth")
+    words = ["--layers", "2", "16", "--lrs", "0.1", "--seeds", "1", "--steps", "120", "--out", str(tmp_path)]
+    assert measured.main(words) == 0
+    page = (tmp_path / "depth.md").read_text()
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| (\w+, \d+) \| (\S+) \| (\S+) \| (\S+) \|$", page, re.MULTILINE)}
+    assert rows.keys() == {"ReLU, 2", "ReLU, 16", "tanh, 2", "tanh, 16"}
+    assert float(rows["tanh, 2"][0]) > 70
+    assert float(rows["tanh, 16"][1]) > float(rows["tanh, 16"][0]) + 20
+
+
 def test_terms_that_no_output_carries_are_trained(main: Main, tmp_path: Path) -> None:
     measured = importlib.import_module("penalties")
     assert measured.main(["--lrs", "0.1", "1", "--seeds", "1", "--steps", "40", "--out", str(tmp_path)]) == 0
