@@ -1,10 +1,20 @@
-"""Markdown tables and numbers with their intervals."""
+"""Markdown tables, numbers with their intervals, and the page they stand on."""
 
 import math
 import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from ddpnopt.experiments.files import write_atomic
 from ddpnopt.experiments.stats import Interval
+
+
+def save_page(folder: Path, name: str, text: str) -> None:
+    """Write ``name.md``, and print where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.md"
+    write_atomic(path, text.encode())
+    print(path)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

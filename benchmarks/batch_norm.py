@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 import tyro
-from _markdown import command, duration, plural, table
+from _markdown import command, duration, plural, save_page, table
 from _training import RESULTS
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -28,7 +28,6 @@ from torch.func import functional_call
 from ddpnopt import DDPNOpt, Identity, StepError, reference
 from ddpnopt.experiments.data import Dataset, load
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 from ddpnopt.reference import step as dense
 
 CRITERION = nn.CrossEntropyLoss()
@@ -217,11 +216,7 @@ Command: `{command("batch_norm.py", arguments, ("batches", "lrs", "seeds", "trai
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, and write the page."""
     arguments = tyro.cli(Arguments, args=words)
-    text = page(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "batch_norm.md"
-    write_atomic(path, text.encode())
-    print(path)
+    save_page(arguments.out, "batch_norm", page(arguments))
     return 0
 
 

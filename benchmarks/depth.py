@@ -6,25 +6,24 @@ DIGITS, layers of equal width without shortcuts or normalisation. DDPNOpt at its
 a control limit, at several learning rates, beside AdamW at the best of four. Writes docs/results/depth.md.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
 import torch
 import tyro
-from _markdown import command, duration, plural, table
+from _held_out import ADAM, BATCH, HELD_OUT, Make, Task, adamw, ddpnopt, in_words, mean_of
+from _markdown import command, duration, plural, save_page, table
 from _progress import Bar
 from _training import RESULTS
 from sklearn.datasets import load_digits
 from torch import nn
-from units import ADAM, BATCH, HELD_OUT, Make, Task, adamw, ddpnopt, in_words, score
 
 from ddpnopt import DDPNOpt, Kronecker
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 
 WIDTH = 32
 UNITS: dict[str, type[nn.Module]] = {"ReLU": nn.ReLU, "tanh": nn.Tanh}
@@ -65,26 +64,27 @@ def digits(layers: int, unit: str) -> Task:
         hidden = [m for _ in range(layers - 1) for m in (nn.Linear(WIDTH, WIDTH), UNITS[unit]())]
         return nn.Sequential(nn.Linear(64, WIDTH), UNITS[unit](), *hidden, nn.Linear(WIDTH, 10))
 
-    nothing = float(torch.log(torch.tensor(10.0)))
+    nothing = math.log(10)
     return Task(f"{unit}, {layers}", x - x.mean(0), y, network, nn.CrossEntropyLoss(), nothing)
 
 
-def held(lr: float, arguments: Arguments) -> Make:
-    """DDPNOpt with little damping, held by its limit instead."""
-    curvature = Kronecker(damping=arguments.damping)
-    return lambda model, _: DDPNOpt(model, lr, curvature=curvature, max_change=arguments.limit)
+def little_damped(lr: float, damping: float, limit: float = math.inf) -> Make:
+    """DDPNOpt with little damping, free or held by a limit instead."""
+    return lambda model, _: DDPNOpt(model, lr, curvature=Kronecker(damping=damping), max_change=limit)
 
 
 def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[str]:
     """Its scores, in words."""
 
     def mean_score(make: Make) -> float:
-        found = mean(score(task, make, seed, arguments.steps) for seed in range(arguments.seeds))
-        advance()
-        return found
+        return mean_of(task, make, arguments.seeds, arguments.steps, advance)
 
     found = [mean_score(ddpnopt(lr)) for lr in arguments.lrs]
-    found += [mean_score(held(lr, arguments)) for lr in arguments.lrs]
+    found += [
+        mean_score(little_damped(lr, arguments.damping, limit))
+        for limit in (math.inf, arguments.limit)
+        for lr in arguments.lrs
+    ]
     return [task.words, *map(in_words, [*found, max(mean_score(adamw(lr)) for lr in ADAM)])]
 
 
@@ -92,17 +92,21 @@ def page(arguments: Arguments) -> str:
     """Measure, and lay the figures out."""
     began = time.perf_counter()
     tasks = [digits(layers, unit) for unit in UNITS for layers in arguments.layers]
-    with Bar("depth", len(tasks) * (2 * len(arguments.lrs) + len(ADAM))) as bar:
+    with Bar("depth", len(tasks) * (3 * len(arguments.lrs) + len(ADAM))) as bar:
         rows = [row(task, arguments, bar.advance) for task in tasks]
     rates = [f"lr {lr:g}" for lr in arguments.lrs]
-    header = ["units, hidden layers", *rates, *(f"{rate}, held" for rate in rates), "AdamW"]
+    header = [
+        "units, hidden layers",
+        *rates,
+        *(f"{rate}, {way}" for way in ("free", "held") for rate in rates),
+        "AdamW",
+    ]
     software = f"ddpnopt {version('ddpnopt')}, torch {torch.__version__}"
     return f"""# Depth without shortcuts
 
 Layers of {WIDTH} units, without shortcuts or normalisation, at torch's initial weights, which make signals and
-gradients smaller from layer to layer. Far from the output gradients are then nothing against the default damping of
-0.1, and layers stay as they are. With less damping steps are as long as the outputs ask for, which is far too long for
-the many layers that make them together, unless they are held. `held`: `Kronecker(damping={arguments.damping:g})` and
+gradients smaller from layer to layer. `free`: `Kronecker(damping={arguments.damping:g})` for the default damping of
+{Kronecker().damping:g}, against which gradients far from the output are nothing; `held`: with that
 `max_change={arguments.limit:g}` ([derivations](../derivations.md#control-limits)).
 
 DIGITS: percent of the loss of equal odds that is gone on {HELD_OUT} held-out samples after {arguments.steps} steps with
@@ -121,11 +125,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Measure, and write the page."""
     arguments = tyro.cli(Arguments, args=words)
     torch.set_num_threads(1)
-    text = page(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "depth.md"
-    write_atomic(path, text.encode())
-    print(path)
+    save_page(arguments.out, "depth", page(arguments))
     return 0
 
 

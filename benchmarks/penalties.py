@@ -15,7 +15,7 @@ from statistics import mean
 
 import torch
 import tyro
-from _markdown import command, duration, plural, table
+from _markdown import command, duration, plural, save_page, table
 from _progress import Bar
 from _training import RESULTS
 from sklearn.datasets import load_digits
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from ddpnopt import DDPNOpt, Kronecker, StepError
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 
 BATCH = 64
 ADAM = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -282,11 +281,7 @@ Command: `{command("penalties.py", arguments, ("lrs", "seeds", "steps"))}`
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, and write the page."""
     arguments = tyro.cli(Arguments, args=words)
-    text = page(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "penalties.md"
-    write_atomic(path, text.encode())
-    print(path)
+    save_page(arguments.out, "penalties", page(arguments))
     return 0
 
 

@@ -13,20 +13,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
 import torch
 import tyro
-from _markdown import command, duration, plural, table
+from _held_out import ADAM, BATCH, HELD_OUT, Make, Task, adamw, ddpnopt, in_words, mean_of
+from _markdown import command, duration, plural, save_page, table
 from _progress import Bar
 from _training import RESULTS
 from torch import Tensor, nn
-from units import ADAM, BATCH, HELD_OUT, Make, Task, adamw, ddpnopt, in_words, score
 
 from ddpnopt import DDPNOpt
 from ddpnopt.experiments import data
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 
 SAMPLES = 4500
 LEVELS = 4
@@ -106,9 +104,7 @@ def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[s
     """Its scores, in words."""
 
     def mean_score(make: Make) -> float:
-        found = mean(score(task, make, seed, arguments.steps) for seed in range(arguments.seeds))
-        advance()
-        return found
+        return mean_of(task, make, arguments.seeds, arguments.steps, advance)
 
     found = [mean_score(limited(lr, limit)) for limit in (math.inf, arguments.limit) for lr in arguments.lrs]
     found += [mean_score(ddpnopt(0.1, cap=1)), max(mean_score(adamw(lr)) for lr in ADAM)]
@@ -147,11 +143,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Measure, and write the page."""
     arguments = tyro.cli(Arguments, args=words)
     torch.set_num_threads(1)
-    text = page(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "pictures.md"
-    write_atomic(path, text.encode())
-    print(path)
+    save_page(arguments.out, "pictures", page(arguments))
     return 0
 
 

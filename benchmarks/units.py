@@ -12,24 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean
 
 import torch
 import tyro
-from _markdown import command, duration, plural, table
+from _held_out import ADAM, BATCH, HELD_OUT, Make, Task, adamw, ddpnopt, in_words, mean_of
+from _markdown import command, duration, plural, save_page, table
 from _progress import Bar
 from _training import RESULTS
 from sklearn.datasets import load_digits, make_friedman1
 from torch import Tensor, nn
 
-from ddpnopt import DDPNOpt, Gradient, Matched, StepError
+from ddpnopt import DDPNOpt, Matched
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
-
-BATCH = 64
-ADAM = (3e-4, 1e-3, 3e-3, 1e-2)
-HELD_OUT = 500
-Make = Callable[[nn.Module, nn.Module], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -50,23 +44,6 @@ class Arguments:
 
     out: Path = RESULTS
     """Folder of the page."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """Inputs, targets, network and loss.
-
-    Attributes:
-        words: on the page.
-        nothing: loss of the best constant output, or of what else is worth nothing.
-    """
-
-    words: str
-    x: Tensor
-    y: Tensor
-    network: Callable[[], nn.Module]
-    criterion: nn.Module
-    nothing: float
 
 
 class OverPixels(nn.Module):
@@ -131,36 +108,6 @@ def pictures() -> list[Task]:
     ]
 
 
-def score(task: Task, make: Make, seed: int, steps: int) -> float:
-    """Percent of ``nothing`` that is gone on held-out samples; -inf if a step failed."""
-    torch.manual_seed(seed)
-    model = task.network()
-    optimizer = make(model, task.criterion)
-    (lr,) = (group["lr"] for group in optimizer.param_groups)
-    for t in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - t / steps)
-        own = torch.randint(HELD_OUT, len(task.x), (BATCH,))
-        optimizer.zero_grad()
-        task.criterion(model(task.x[own]), task.y[own]).backward()
-        try:
-            optimizer.step()
-        except StepError:
-            return -float("inf")
-    with torch.no_grad():
-        loss = float(task.criterion(model.eval()(task.x[:HELD_OUT]), task.y[:HELD_OUT]))
-    return 100 * (1 - loss / task.nothing)
-
-
-def adamw(lr: float) -> Make:
-    """AdamW, and torch's defaults but for the learning rate."""
-    return lambda model, _: torch.optim.AdamW(model.parameters(), lr)
-
-
-def ddpnopt(lr: float, cap: float | None = None) -> Make:
-    """DDPNOpt; with a cap of the decrease asked of a sample, or the default."""
-    return lambda model, _: DDPNOpt(model, lr, terminal=Gradient() if cap is None else Gradient(cap=cap))
-
-
 def matched(model: nn.Module, criterion: nn.Module) -> torch.optim.Optimizer:
     """The default but for the terminal."""
     return DDPNOpt(model, terminal=Matched(criterion))
@@ -170,22 +117,13 @@ def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[s
     """Its scores, in words."""
 
     def mean_score(make: Make) -> float:
-        found = mean(score(task, make, seed, arguments.steps) for seed in range(arguments.seeds))
-        advance()
-        return found
+        return mean_of(task, make, arguments.seeds, arguments.steps, advance)
 
     several = isinstance(task.criterion, Bound)  # of three tensors, of which Matched has no use
     found = [mean_score(ddpnopt(lr)) for lr in arguments.lrs]
     found += [mean_score(ddpnopt(0.1, cap=1)), float("nan") if several else mean_score(matched)]
     found.append(max(mean_score(adamw(lr)) for lr in ADAM))
     return [task.words, *map(in_words, found)]
-
-
-def in_words(value: float) -> str:
-    """A score, or that there is none worth the name."""
-    if value != value:
-        return ""
-    return "failed" if value == -float("inf") else "< -100" if value < -100 else f"{value:.1f}"
 
 
 def page(arguments: Arguments) -> str:
@@ -218,11 +156,7 @@ Command: `{command("units.py", arguments, ("units", "lrs", "seeds", "steps"))}`
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, and write the page."""
     arguments = tyro.cli(Arguments, args=words)
-    text = page(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "units.md"
-    write_atomic(path, text.encode())
-    print(path)
+    save_page(arguments.out, "units", page(arguments))
     return 0
 
 

@@ -30,7 +30,7 @@ class Settings:
     decay: float
     kept: float
     momentum: float
-    limit: float = math.inf
+    limit: float
 
 
 @dataclass(frozen=True)
