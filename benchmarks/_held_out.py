@@ -1,5 +1,6 @@
 """DDPNOpt and AdamW on a task's held-out samples: what units.py, pictures.py and depth.py measure alike."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
@@ -67,6 +68,11 @@ def adamw(lr: float) -> Make:
 def ddpnopt(lr: float, cap: float | None = None) -> Make:
     """DDPNOpt; with a cap of the decrease asked of a sample, or the default."""
     return lambda model, _: DDPNOpt(model, lr, terminal=Gradient() if cap is None else Gradient(cap=cap))
+
+
+def unlimited(lr: float) -> Make:
+    """DDPNOpt whose layers may change by any part of themselves in a step."""
+    return lambda model, _: DDPNOpt(model, lr, max_change=math.inf)
 
 
 def in_words(value: float) -> str:

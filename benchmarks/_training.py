@@ -150,7 +150,7 @@ def _dataset(name: str, folder: Path | None) -> Dataset:
 @lru_cache
 def _written(config: TrainConfig) -> str:
     built = optimizers.build(config, nn.Linear(1, 1), nn.CrossEntropyLoss())
-    options = {name: value for name, value in built.defaults.items() if name != "lr" and value}
+    options = {name: value for name, value in built.defaults.items() if name != "lr" and value and value != math.inf}
     if "weight_decay" not in options:  # of which kind none is makes no other run
         options.pop("decoupled_weight_decay", None)
     if isinstance(built, ddpnopt.DDPNOpt):

@@ -2,8 +2,9 @@
 
     python benchmarks/depth.py
 
-DIGITS, layers of equal width without shortcuts or normalisation. DDPNOpt at its defaults and with a small damping under
-a control limit, at several learning rates, beside AdamW at the best of four. Writes docs/results/depth.md.
+DIGITS, layers of equal width without shortcuts or normalisation. DDPNOpt at its defaults, without control limits, and
+with the same damping for all layers, at several learning rates, beside AdamW at the best of four. Writes
+docs/results/depth.md.
 """
 
 import math
@@ -11,18 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
-from _held_out import ADAM, BATCH, HELD_OUT, Make, Task, adamw, ddpnopt, in_words, mean_of
+from _held_out import ADAM, BATCH, HELD_OUT, Make, Task, adamw, ddpnopt, in_words, mean_of, unlimited
 from _markdown import command, duration, plural, save_page, table
 from _progress import Bar
 from _training import RESULTS
 from sklearn.datasets import load_digits
 from torch import nn
 
-from ddpnopt import DDPNOpt, Kronecker
 from ddpnopt.experiments.environment import version
 
 WIDTH = 32
@@ -39,13 +40,7 @@ class Arguments:
     lrs: tuple[float, ...] = (0.1, 10.0)
     """Learning rates of DDPNOpt."""
 
-    limit: float = 0.03
-    """Of a layer's change in a step, `max_change`."""
-
-    damping: float = 0.001
-    """With the limit."""
-
-    seeds: int = 2
+    seeds: int = 3
     """Initial weights and orders of samples."""
 
     steps: int = 300
@@ -68,23 +63,13 @@ def digits(layers: int, unit: str) -> Task:
     return Task(f"{unit}, {layers}", x - x.mean(0), y, network, nn.CrossEntropyLoss(), nothing)
 
 
-def little_damped(lr: float, damping: float, limit: float = math.inf) -> Make:
-    """DDPNOpt with little damping, free or held by a limit instead."""
-    return lambda model, _: DDPNOpt(model, lr, curvature=Kronecker(damping=damping), max_change=limit)
-
-
 def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[str]:
     """Its scores, in words."""
 
     def mean_score(make: Make) -> float:
         return mean_of(task, make, arguments.seeds, arguments.steps, advance)
 
-    found = [mean_score(ddpnopt(lr)) for lr in arguments.lrs]
-    found += [
-        mean_score(little_damped(lr, arguments.damping, limit))
-        for limit in (math.inf, arguments.limit)
-        for lr in arguments.lrs
-    ]
+    found = [mean_score(way(lr)) for way in (ddpnopt, unlimited, partial(ddpnopt, cap=1)) for lr in arguments.lrs]
     return [task.words, *map(in_words, [*found, max(mean_score(adamw(lr)) for lr in ADAM)])]
 
 
@@ -98,16 +83,16 @@ def page(arguments: Arguments) -> str:
     header = [
         "units, hidden layers",
         *rates,
-        *(f"{rate}, {way}" for way in ("free", "held") for rate in rates),
+        *(f"{rate}, {way}" for way in ("no limit", "even damping") for rate in rates),
         "AdamW",
     ]
     software = f"ddpnopt {version('ddpnopt')}, torch {torch.__version__}"
     return f"""# Depth without shortcuts
 
 Layers of {WIDTH} units, without shortcuts or normalisation, at torch's initial weights, which make signals and
-gradients smaller from layer to layer. `free`: `Kronecker(damping={arguments.damping:g})` for the default damping of
-{Kronecker().damping:g}, against which gradients far from the output are nothing; `held`: with that
-`max_change={arguments.limit:g}` ([derivations](../derivations.md#control-limits)).
+gradients smaller from layer to layer. `no limit`: `max_change=inf`
+([derivations](../derivations.md#control-limits)); `even damping`: `Gradient(cap=1)`, with which all layers get the same
+damping, however little they move the output ([derivations](../derivations.md#damping-and-sensitivity)).
 
 DIGITS: percent of the loss of equal odds that is gone on {HELD_OUT} held-out samples after {arguments.steps} steps with
 batches of {BATCH}, learning rate falling linearly to 0, mean over {plural(arguments.seeds, "seed")}; higher is better;
@@ -116,7 +101,7 @@ failed: a step of one of them met what is not finite. AdamW is the best mean of 
 
 {table(header, rows)}
 
-Command: `{command("depth.py", arguments, ("layers", "lrs", "limit", "damping", "seeds", "steps"))}`
+Command: `{command("depth.py", arguments, ("layers", "lrs", "seeds", "steps"))}`
 ({duration(time.perf_counter() - began)}), {software}.
 """
 

@@ -7,7 +7,6 @@ class for every pixel. DDPNOpt with and without `max_change`, at several learnin
 four. Needs both data sets (`ddpnopt data fetch`); writes docs/results/pictures.md.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +15,12 @@ from pathlib import Path
 
 import torch
 import tyro
-from _held_out import ADAM, BATCH, HELD_OUT, Make, Task, adamw, ddpnopt, in_words, mean_of
+from _held_out import ADAM, BATCH, HELD_OUT, Make, Task, adamw, ddpnopt, in_words, mean_of, unlimited
 from _markdown import command, duration, plural, save_page, table
 from _progress import Bar
 from _training import RESULTS
 from torch import Tensor, nn
 
-from ddpnopt import DDPNOpt
 from ddpnopt.experiments import data
 from ddpnopt.experiments.environment import version
 
@@ -36,9 +34,6 @@ class Arguments:
 
     lrs: tuple[float, ...] = (0.01, 0.1, 10.0)
     """Learning rates of DDPNOpt."""
-
-    limit: float = 0.3
-    """Of a layer's change in a step, `max_change`."""
 
     seeds: int = 2
     """Initial weights and orders of samples."""
@@ -95,18 +90,13 @@ def _entropy(levels: Tensor) -> float:
     return float(torch.special.entr(shares).sum(-1).mean())
 
 
-def limited(lr: float, limit: float) -> Make:
-    """DDPNOpt that changes no layer by more in a step."""
-    return lambda model, _: DDPNOpt(model, lr, max_change=limit)
-
-
 def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[str]:
     """Its scores, in words."""
 
     def mean_score(make: Make) -> float:
         return mean_of(task, make, arguments.seeds, arguments.steps, advance)
 
-    found = [mean_score(limited(lr, limit)) for limit in (math.inf, arguments.limit) for lr in arguments.lrs]
+    found = [mean_score(way(lr)) for way in (ddpnopt, unlimited) for lr in arguments.lrs]
     found += [mean_score(ddpnopt(0.1, cap=1)), max(mean_score(adamw(lr)) for lr in ADAM)]
     return [task.words, *map(in_words, found)]
 
@@ -117,15 +107,15 @@ def page(arguments: Arguments) -> str:
     with Bar("pictures", len(found) * (2 * len(arguments.lrs) + 1 + len(ADAM))) as bar:
         rows = [row(task, arguments, bar.advance) for task in found]
     rates = [f"lr {lr:g}" for lr in arguments.lrs]
-    header = ["", *rates, *(f"{rate}, limit {arguments.limit:g}" for rate in rates), "cap 1", "AdamW"]
+    header = ["", *rates, *(f"{rate}, no limit" for rate in rates), "cap 1", "AdamW"]
     software = f"ddpnopt {version('ddpnopt')}, torch {torch.__version__}"
     return f"""# A mean over a picture's pixels
 
 Networks whose loss is a mean over all pixels of a picture, and so has gradients that are tiny, at the start most of
 all. By default DDPNOpt counts the pixels, which takes them for independent
 ([derivations](../derivations.md#a-mean-over-many-outputs)); `cap 1`: at lr 0.1 `Gradient(cap=1)`, which does not.
-`limit {arguments.limit:g}`: `max_change={arguments.limit:g}`, no layer changes by more than that part of itself in a
-step ([derivations](../derivations.md#control-limits)).
+`no limit`: `max_change=inf`, layers may change by any part of themselves in a step
+([derivations](../derivations.md#control-limits)).
 
 Percent of the loss of the best constant picture that is gone on {HELD_OUT} held-out ones after {arguments.steps} steps
 with batches of {BATCH}, learning rate falling linearly to 0, mean over {plural(arguments.seeds, "seed")}; higher is
@@ -134,7 +124,7 @@ better; failed: a step of one of them met what is not finite. AdamW is the best 
 
 {table(header, rows)}
 
-Command: `{command("pictures.py", arguments, ("lrs", "limit", "seeds", "steps"))}`
+Command: `{command("pictures.py", arguments, ("lrs", "seeds", "steps"))}`
 ({duration(time.perf_counter() - began)}), {software}.
 """
 

@@ -1,5 +1,6 @@
 """One whole step of the fast path against the dense reference, for every combination of options."""
 
+import math
 from typing import Any, Literal
 
 import pytest
@@ -107,6 +108,7 @@ def test_one_step_is_the_dense_reference(
         momentum=0.0,
         weight_decay=decay,
         decoupled_weight_decay=False,
+        max_change=math.inf,
     )
     start = {name: p.detach().clone() for name, p in case.model.named_parameters()}
 
@@ -143,7 +145,7 @@ def test_momentum_is_a_proximal_drift(coupling: Coupling, times: float) -> None:
     """As the learning rate falls it falls too; as that grows, it does not."""
     case, M = NETWORKS["mlp"](), CURVATURES["identity"]
     settings: dict[str, Any] = {"momentum": 0.7, "weight_decay": 0.1, "decoupled_weight_decay": False}
-    optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=coupling, **settings)
+    optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=coupling, max_change=math.inf, **settings)
     criterion = nn.CrossEntropyLoss()
 
     def step() -> None:
@@ -183,7 +185,7 @@ def test_decoupled_decay_shrinks_what_the_policy_moves(
     """No policy knows of it, but later layers meet the states it has led to; it stops growing where joint steps do."""
     case, M, gamma = NETWORKS[network](), CURVATURES["identity"], 0.4
     settings: dict[str, Any] = {"momentum": momentum, "weight_decay": gamma, "decoupled_weight_decay": True}
-    optimizer = DDPNOpt(case.model, lr, curvature=M, coupling=coupling, **settings)
+    optimizer = DDPNOpt(case.model, lr, curvature=M, coupling=coupling, max_change=math.inf, **settings)
     criterion = nn.CrossEntropyLoss()
 
     def step() -> None:

@@ -1,5 +1,6 @@
 """Networks that are no chains: a step with the whole state's deviation against dense DDP on that state."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -125,8 +126,9 @@ def one_step(
     end = {"gradient": Gradient(cap=1), "exact": Exact(criterion)}[terminal]
     stages = list(case.steps) if own_input else None
     optimizer = DDPNOpt(
-        case.model, LR[coupling], curvature=M, terminal=end, stages=stages, coupling=coupling, weight_decay=0.0
-    )
+        case.model, LR[coupling], curvature=M, terminal=end, stages=stages, coupling=coupling, weight_decay=0.0,
+        max_change=math.inf,
+    )  # fmt: skip
     layers = layers_of(case, optimizer)
     y = torch.arange(len(case.x)) % 3
     before = controls(layers)

@@ -105,13 +105,15 @@ def test_no_limit_binds_what_stays_within_it() -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("wrong", [0, -1.0, math.nan, True, "0.3", None])
+@pytest.mark.parametrize("wrong", [0, -1.0, math.nan, True, "0.3"])
 def test_what_is_no_limit_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"Invalid max_change: .*; give a part of the weights"):
         DDPNOpt(nn.Linear(2, 2), max_change=wrong)
 
 
-def test_the_forms_that_others_have_published_have_none() -> None:
+def test_the_batch_form_has_one_by_default_and_the_forms_that_others_have_published_none() -> None:
+    assert DDPNOpt(nn.Linear(2, 2)).param_groups[0]["max_change"] == 0.3
+    assert DDPNOpt(nn.Linear(2, 2), coupling="sample").param_groups[0]["max_change"] == math.inf
     with pytest.raises(ValueError, match=r"max_change=0.3: coupling='sample' has no limit"):
         DDPNOpt(nn.Linear(2, 2), coupling="sample", max_change=0.3)
     optimizer = DDPNOpt([nn.Parameter(torch.zeros(1))], coupling="sample")

@@ -1,5 +1,6 @@
 """On a linear network with squared error one step is the exact solution of an optimal-control problem."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -25,7 +26,7 @@ def with_ones(x: torch.Tensor) -> torch.Tensor:
 def test_one_layer_reaches_its_least_squares_minimum(batch: int) -> None:
     layer = nn.Linear(5, 3)
     x, target = torch.randn(batch, 5), torch.randn(batch, 3)
-    DDPNOpt(layer, lr=1e9, curvature=Identity(), terminal=Exact(), weight_decay=0.0).step(
+    DDPNOpt(layer, lr=1e9, curvature=Identity(), terminal=Exact(), weight_decay=0.0, max_change=math.inf).step(
         lambda: squared_error(layer(x), target)
     )
     best = with_ones(x) @ torch.linalg.lstsq(with_ones(x), target, driver="gelsd").solution
@@ -45,7 +46,7 @@ def test_last_layer_reaches_its_least_squares_minimum_given_the_rollout(depth: i
     last = model[-1]
     assert isinstance(last, nn.Linear)
     old, nominal = weights_of(last), with_ones(model[:-1](x)).detach()
-    optimizer = DDPNOpt(model, lr=1e9, curvature=Identity(), terminal=Exact(), weight_decay=0.0)
+    optimizer = DDPNOpt(model, lr=1e9, curvature=Identity(), terminal=Exact(), weight_decay=0.0, max_change=math.inf)
     optimizer.step(lambda: squared_error(model(x), target))
 
     deviation = (with_ones(model[:-1](x)) - nominal).detach()
@@ -72,7 +73,15 @@ def test_relinearised_the_last_layer_reaches_its_least_squares_minimum_at_the_ne
         x, target = torch.randn(30, 5), torch.randn(30, 3)
         nominal = model[:-1](x).detach()
         coupling = Batch(relinearise=relinearise)
-        optimizer = DDPNOpt(model, lr=1e9, curvature=Identity(), terminal=Exact(), weight_decay=0.0, coupling=coupling)
+        optimizer = DDPNOpt(
+            model,
+            lr=1e9,
+            curvature=Identity(),
+            terminal=Exact(),
+            weight_decay=0.0,
+            coupling=coupling,
+            max_change=math.inf,
+        )
         optimizer.step(lambda x=x, target=target, model=model: squared_error(model(x), target))  # type: ignore[misc]
         assert depth == 1 or (model[:-1](x) - nominal).norm() > 0.1
         minimum = least_squares(model, x, target)
@@ -94,6 +103,7 @@ def test_relinearised_the_last_layer_interpolates_where_it_can(depth: int) -> No
         weight_decay=0.0,
         coupling=Batch(relinearise=True),
         momentum=0.0,
+        max_change=math.inf,
     )
     optimizer.step(lambda: squared_error(model(x), target))
     torch.testing.assert_close(model(x), target, rtol=1e-5, atol=1e-5)
@@ -102,7 +112,7 @@ def test_relinearised_the_last_layer_interpolates_where_it_can(depth: int) -> No
 def test_at_small_lr_it_does_not() -> None:
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
     x, target = torch.randn(30, 5), torch.randn(30, 3)
-    optimizer = DDPNOpt(model, lr=0.1, curvature=Identity(), terminal=Exact(), weight_decay=0.0)
+    optimizer = DDPNOpt(model, lr=0.1, curvature=Identity(), terminal=Exact(), weight_decay=0.0, max_change=math.inf)
     optimizer.step(lambda: squared_error(model(x), target))
     states = torch.cat([model[:-1](x), torch.ones(30, 1)], 1)
     best = states @ torch.linalg.lstsq(states, target).solution

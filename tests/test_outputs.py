@@ -208,7 +208,8 @@ def test_one_step_is_the_dense_reference(curvature: Curvature, kind: str, lr: fl
     x, y = torch.randn(SAMPLES, 4).double(), torch.randn(SAMPLES, 20).double()
     criterion = nn.MSELoss()
     terminal = Gradient() if kind == "gradient" else Matched(criterion)
-    optimizer = DDPNOpt(model, lr, curvature=curvature, terminal=terminal, momentum=0.0, weight_decay=0.0)
+    options: dict[str, Any] = {"momentum": 0.0, "weight_decay": 0.0, "max_change": math.inf}
+    optimizer = DDPNOpt(model, lr, curvature=curvature, terminal=terminal, **options)
     start = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):
         with torch.no_grad():

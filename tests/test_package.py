@@ -16,7 +16,8 @@ CORE = sorted(p for p in ROOT.rglob("*.py") if "experiments" not in p.parts)
 
 # a module may import only what stands before it
 ORDER = [
-    "errors", "ranks", "accord", "linalg", "inverse", "columns", "sharded", "curvature", "layers", "value", "limits",
+    "errors", "ranks", "accord", "linalg", "inverse", "sensitivity", "columns", "sharded", "curvature", "layers",
+    "value", "limits",
     "bellman", "network", "compiled", "conditions", "trees", "passes", "output_loss", "terminal", "inbox", "units",
     "finite", "cuts", "hooks", "state", "wrapped", "trajectory", "linearise", "joined", "relinearise", "rollout",
     "transaction", "dense", "coupling", "task", "reading", "stage_cost", "sharing", "steps", "evaluation", "options",

@@ -1,6 +1,7 @@
 """Stages solved again at the state the rollout meets: against the dense reference, and as an option like the others."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,7 @@ def without_control(module: nn.Module, shape: torch.Size, u: Tensor, x: Tensor) 
 def check_second_step(network: str, curvature: str, terminal: str, decay: float, momentum: float) -> None:
     case, criterion, M = CHAINS[network](), nn.CrossEntropyLoss(), CURVATURES[curvature]
     options: dict[str, Any] = {"terminal": terminals(criterion, CAPS[network])[terminal], "momentum": momentum}
-    options |= {"weight_decay": decay, "decoupled_weight_decay": False}
+    options |= {"weight_decay": decay, "decoupled_weight_decay": False, "max_change": math.inf}
     optimizer = DDPNOpt(case.model, LR, curvature=M, coupling=ANEW, **options)
     first = controls(optimizer)
     backward_then_step(optimizer, case, criterion)

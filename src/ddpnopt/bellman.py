@@ -24,6 +24,7 @@ class Settings:
         kept: share of the weights that decoupled decay leaves, before the policy moves them.
         momentum: weight of the last update, a drift: ``R`` is centred on ``u - lr momentum v``.
         limit: largest change of the weights in one step, relative to them (:mod:`ddpnopt.limits`).
+        damped: share of the curvature's damping (:mod:`ddpnopt.sensitivity`).
     """
 
     lr: float
@@ -31,6 +32,7 @@ class Settings:
     kept: float
     momentum: float
     limit: float
+    damped: float
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def block_policy(terms: BlockTerms, curvature: Curvature, value: Value, nominal:
     # the batch form builds M from back-propagated columns, the sample form from V_x itself, as the paper does
     sample = value if isinstance(value, SampleValue) else None
     lr, decay = terms.settings.lr, terms.settings.decay
-    ridge = curvature.ridge(lr, decay, batch=sample is None)
+    ridge = curvature.less_damped(terms.settings.damped).ridge(lr, decay, batch=sample is None)
     seen = terms.columns if terms.seen is None else terms.seen
 
     def gradient() -> Tensor:

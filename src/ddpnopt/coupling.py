@@ -1,5 +1,6 @@
 """What a state is where samples share each control, as an option: the values that ``coupling`` takes."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -57,7 +58,7 @@ class Batch:
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).double()
         >>> x, y = torch.randn(32, 4).double(), torch.randn(32, 2).double()
-        >>> options = {"curvature": Identity(), "terminal": Exact(), "weight_decay": 0.0}
+        >>> options = {"curvature": Identity(), "terminal": Exact(), "weight_decay": 0.0, "max_change": float("inf")}
         >>> optimizer = DDPNOpt(model, 1e9, coupling=Batch(relinearise=True), **options)
         >>> loss = optimizer.step(lambda: torch.nn.functional.mse_loss(model(x), y))
         >>> states = torch.nn.functional.pad(model[0](x), (0, 1), value=1.0)
@@ -88,7 +89,7 @@ def default_numbers(coupling: Coupling) -> dict[str, float | bool]:
     """Of a group that is told none: what served the suite's tasks best, where nothing published is to be met."""
     joint = is_joint(coupling)
     decay = {"weight_decay": 0.01 if joint else 0.0, "decoupled_weight_decay": joint}
-    return {"momentum": 0.5 if joint else 0.0, **decay}
+    return {"momentum": 0.5 if joint else 0.0, **decay, "max_change": 0.3 if joint else math.inf}
 
 
 def is_joint(coupling: Coupling) -> bool:

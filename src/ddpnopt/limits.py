@@ -31,14 +31,16 @@ def held(direction: Tensor, control: Sequence[Tensor], lr: float, limit: float) 
     if limit == math.inf or not lr:
         return direction
     change = lr * torch.linalg.vector_norm(direction)
-    ratio = limit * _length(control).to(change.dtype) / change
-    if ratio.device.type == "cpu" and ratio >= 1:
+    drawn, near = math.sqrt(len(control[0]) / 3), change.device.type == "cpu"
+    if near and change <= limit * drawn:  # of nearly all steps: the control's own length need not be known
+        return direction
+    ratio = limit * _length(control).clamp(min=drawn).to(change.dtype) / change
+    if near and ratio >= 1:
         return direction
     return direction.mul_(ratio.clamp(max=1))
 
 
 def _length(control: Sequence[Tensor]) -> Tensor:
     dtype = torch.promote_types(control[0].dtype, torch.float32)
-    parts = [torch.linalg.vector_norm(part, dtype=dtype) for part in control]
-    length: Tensor = torch.linalg.vector_norm(torch.stack(parts))
-    return length.clamp(min=math.sqrt(len(control[0]) / 3))
+    length: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=dtype) for p in control]))
+    return length

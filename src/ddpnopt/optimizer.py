@@ -5,7 +5,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -45,7 +45,7 @@ from .task import PEAK_LR, Outcome, Task, peak
 from .terminal import Gradient, Terminal
 from .trajectory import Recorder
 from .transaction import Transaction
-from .units import Units, found_units, is_open, output_sums, settled
+from .units import Units, found_units, is_open, loaded_units, output_sums, saved_units, settled
 from .wrapped import unwrapped
 
 
@@ -84,9 +84,8 @@ class DDPNOpt(torch.optim.Optimizer):
             largest ``lr`` is above 0.1 counts it as 0.1 here. ``False``: the stage cost. Default: ``True`` in the batch
             form, ``False`` in the others.
         max_change: in the batch form, largest change of a layer's weights in one step, relative to their length or to
-            that of freshly drawn ones (:mod:`ddpnopt.limits`); the layers behind one that is held answer to it. Where
-            a run diverges at the other defaults, 0.3 is worth a try. A group may have its own. Default: ``math.inf``,
-            no limit.
+            that of freshly drawn ones (:mod:`ddpnopt.limits`); the layers behind one that is held answer to it. A group
+            may have its own; ``math.inf`` is no limit. Default: 0.3 in the batch form, none in the others.
         stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
             layers inside one move together. Default: every layer is a stage, and its state, all that lives at its
             cut, is found in autograd's graph.
@@ -134,7 +133,7 @@ class DDPNOpt(torch.optim.Optimizer):
         momentum: float | None = None,
         weight_decay: float | None = None,
         decoupled_weight_decay: bool | None = None,
-        max_change: float = math.inf,
+        max_change: float | None = None,
         stages: Sequence[str | nn.Module] | None = None,
         on_nonfinite: OnNonfinite = "raise",
         process_group: Any = None,
@@ -145,8 +144,9 @@ class DDPNOpt(torch.optim.Optimizer):
         check_options(self.curvature, self.terminal, coupling, feedback, on_nonfinite)
         check_stages(coupling, stages)
         given = {"momentum": momentum, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay}
+        given |= {"max_change": max_change}
         said = {name: value for name, value in given.items() if value is not None}
-        defaults = {"lr": lr, **default_numbers(coupling), **said, "max_change": max_change, PEAK_LR: 0.0}
+        defaults = {"lr": lr, **default_numbers(coupling), **said, PEAK_LR: 0.0}
         check_numbers(defaults)
         check_limit(defaults, coupling)
         wrapper: Any = None
@@ -347,7 +347,7 @@ class DDPNOpt(torch.optim.Optimizer):
                     task = replace(task, loss_scale=found_scale(task))
                 units = self._found_units(task) if self._leaves_open else None
                 if units is not None:
-                    task = replace(task, terminal=settled(self.terminal, units.cap), outputs=units.outputs or 1.0)
+                    task = replace(task, terminal=settled(self.terminal, units.cap), units=units)
                 outcome = open_loop(task) if self._is_base else closed_loop(task)
                 transaction.check(outcome.states, states)
                 settle(task, outcome)
@@ -431,7 +431,7 @@ class DDPNOpt(torch.optim.Optimizer):
         """Plain tensors and numbers: loads with ``torch.load(..., weights_only=True)`` and resumes bit for bit."""
         own: dict[str, Any] = {"steps": self._steps, "samples": self._seen, "skipped_steps": self._skipped}
         own |= {"refused": dict(self._refused), "usual_clip": self._clips.usual}
-        own |= {"cap": None, "outputs": None} if self._units is None else asdict(self._units)
+        own |= saved_units(self._units)
         with saving(self, {**own, "curvature": type(self.curvature).__name__}):
             return super().state_dict()
 
@@ -451,8 +451,8 @@ class DDPNOpt(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         self._steps, self._seen = loaded.get("steps", 0), loaded.get("samples", 0)
         self._skipped = loaded.get("skipped_steps", 0)
-        self._clips.usual, cap = loaded.get("usual_clip", 1.0), loaded.get("cap")
-        self._units = None if cap is None else Units(cap, loaded.get("outputs"))
+        self._clips.usual = loaded.get("usual_clip", 1.0)
+        self._units = loaded_units(loaded)
         self._refused = dict(loaded.get("refused", {}))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -51,9 +51,9 @@ def open_loop(task: Task) -> Outcome:
     )
     columns = {block.parameters[0]: read for _, block, read in shared.found}
     for block, gradient in shared.alone.items():
-        settings = task.settings(block)
-        lr, decay, momentum = settings.lr, settings.decay, settings.momentum
         state, velocity, _ = task.own_state(block)
+        settings = task.settings(block, state)
+        lr, decay, momentum = settings.lr, settings.decay, settings.momentum
         control = wide(matrix_of(block, block.tensors).clone())
         if decay:
             gradient = gradient.add(control, alpha=decay)
@@ -191,7 +191,7 @@ def _value(coupling: Coupling, a: Tensor, curved: int, weight: float) -> BatchVa
 def _terms(task: Task, costs: StageCosts, block: Block, columns: Columns, *, alone: bool = False) -> BlockTerms:
     state, velocity, its_lr = task.own_state(block)
     state, past = parted(state)
-    settings = task.settings(block, alone=alone)
+    settings = task.settings(block, state, alone=alone)
     if velocity is not None and its_lr is not None and its_lr < settings.lr:
         # what is carried on is at most the last update itself: the velocity of a step with hardly any lr, and so with
         # hardly any damping, is long

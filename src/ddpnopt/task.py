@@ -13,12 +13,13 @@ from .bellman import Settings
 from .conditions import every_module
 from .coupling import Coupling, is_joint
 from .curvature import Curvature
-from .curvature.base import State
+from .curvature.base import SQUARE, State
 from .errors import StepError
 from .layers import Block, mixes_samples
 from .linearise import Linearised, TerminalValue, linearise
 from .network import Network, matrix_of
 from .passes import Pass, wide
+from .sensitivity import damped
 from .terminal import Terminal
 from .trajectory import Recorder
 from .units import Units
@@ -58,7 +59,7 @@ class Task:
         number: of the step, from 0.
         seen: samples of all steps before.
         accord: with the other ranks; the passes and gradients are those of this rank's samples.
-        outputs: over how many of them a sample's loss is a mean, as far as the joint form is to know.
+        units: what was found at the model's output, as far as the joint form is to know.
         looks: whether to compare all gradients with the columns (:mod:`ddpnopt.stage_cost`).
         edited: whether the gradients were changed by hand, and not by one factor; ``looks`` then, too.
         derived: whether the loss may be made of derivatives of the model; ``looks`` then, too.
@@ -81,7 +82,7 @@ class Task:
     number: int
     seen: int
     accord: Accord
-    outputs: float = 1.0
+    units: Units | None = None
     looks: bool = False
     edited: bool = False
     derived: bool = False
@@ -93,8 +94,11 @@ class Task:
         found, end = linearise(self.passes, terminal, self.recorder, self.loss, self.number, before, self.loss_scale)
         return found, end if self.clip == 1.0 else replace(end, a=self.clip * end.a)
 
-    def settings(self, block: Block, *, alone: bool = False) -> Settings:
-        """Those of a block's group; ``alone``: of one whose only column is the whole batch's gradient."""
+    def settings(self, block: Block, state: State, *, alone: bool = False) -> Settings:
+        """Those of a block's group, ``state`` being the curvature's before this step.
+
+        ``alone``: of a block whose only column is the whole batch's gradient.
+        """
         group = self.groups[self.group_of[block.parameters[0]]]
         lr, gamma, momentum = (float(group[name]) for name in ("lr", "weight_decay", "momentum"))
         joint, highest = is_joint(self.coupling), peak(group)
@@ -106,15 +110,17 @@ class Task:
             own = lr / (growth * max(1 + highest * past, highest * least))
         # a parameter that no rule reads may be of any units, and zero in them
         limit = math.inf if alone else float(group["max_change"])
+        share = damped(state.get(SQUARE), None if self.units is None else self.units.square)
         if not group["decoupled_weight_decay"]:
-            return Settings(own, gamma, 1.0, momentum, limit)
+            return Settings(own, gamma, 1.0, momentum, limit, share)
         reach = lr * min(1.0, DECAY_LR / highest) if joint and highest else lr
-        return Settings(own, 0.0, 1 / (1 + reach * gamma), momentum, limit)
+        return Settings(own, 0.0, 1 / (1 + reach * gamma), momentum, limit, share)
 
     def counted(self, *, alone: bool = False) -> tuple[float, Curvature]:
         """What ``M`` is multiplied by for the number of outputs, and the curvature; ``alone``: see :meth:`settings`."""
         curvature = self.curvature.without_factors() if alone else self.curvature
-        return curvature.for_outputs(self.outputs)
+        outputs = None if self.units is None else self.units.outputs
+        return curvature.for_outputs(outputs or 1.0)
 
     @property
     def past_weight(self) -> tuple[float, float]:

@@ -29,8 +29,9 @@ clipped loss's gradient.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,9 @@ STEP, SHARE = 2.0, 0.1
 CHANGE = 1.05
 """Largest ratio of two successive caps, and of two successive numbers of outputs."""
 
+PAST = 0.95
+"""Weight of the past in the mean of squared gradients, that of a curvature's."""
+
 MOST = 128.0
 """Outputs that are counted at most: what more would do has not been tried, and neighbours are often wrong together."""
 
@@ -58,10 +62,23 @@ class Units:
     Args:
         cap: decrease of its own loss to ask of a sample.
         outputs: over how many the sample's loss is a mean; ``None`` while no gradient has said.
+        square: ``E |g|^2``, a moving average over steps; ``None`` while no gradient has said.
     """
 
     cap: float
     outputs: float | None = None
+    square: float | None = None
+
+
+def saved_units(units: Units | None) -> dict[str, float | None]:
+    """As entries of a state."""
+    return dict.fromkeys(own.name for own in fields(Units)) if units is None else asdict(units)
+
+
+def loaded_units(state: Mapping[str, Any]) -> Units | None:
+    """What :func:`saved_units` saved; older states lack entries."""
+    cap = state.get("cap")
+    return None if cap is None else Units(cap, state.get("outputs"), state.get("square"))
 
 
 def is_open(terminal: Terminal) -> bool:
@@ -170,10 +187,14 @@ def found_units(sums: Sequence[float], samples: int, last: Units | None) -> Unit
     cap = 1 + (math.exp(logs / samples) - 1) * (STEP + SHARE * size) if samples else 1.0
     cap = cap if last is None else _near(cap, last.cap)
     before = None if last is None else last.outputs
+    past = None if last is None else last.square
+    square = squares / samples if samples else past
+    if past is not None and square is not None:
+        square = PAST * past + (1 - PAST) * square
     if squares == 0:
-        return Units(cap, before)
+        return Units(cap, before, square)
     outputs = min(max(1.0, spread / squares / cap), MOST)
-    return Units(cap, outputs if before is None else _near(outputs, before))
+    return Units(cap, outputs if before is None else _near(outputs, before), square)
 
 
 def _near(value: float, last: float) -> float:

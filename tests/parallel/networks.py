@@ -68,6 +68,14 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
 
 
+def narrowed() -> nn.Module:
+    """Whose first layer hardly moves the output."""
+    model = mlp()
+    with torch.no_grad():
+        model[4].weight.mul_(1e-3)  # type: ignore[index]
+    return model
+
+
 def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from networks import Heated, Heating, Mixed, Residual, Unread, Words, conv, mlp, pictures, wide
+from networks import Heated, Heating, Mixed, Residual, Unread, Words, conv, mlp, narrowed, pictures, wide
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -82,6 +82,7 @@ PROGRAMS: dict[str, Program] = {
     "adaptive": Program(settings={"curvature": Adaptive(beta=0.9)}, steps=20),
     "kronecker": Program(settings={"curvature": KRONECKER}, steps=20),
     "eigen": Program(settings={"curvature": EigenKronecker(refresh_every=2)}, steps=20),
+    "less damped": Program(narrowed, {"momentum": 0.5}, steps=4),
     "limited": Program(conv, {"momentum": 0.5, "max_change": 0.01}, steps=4),
     "decay and momentum": Program(settings={**DECAYED, "weight_decay": 0.1, "curvature": Identity()}),
     "conv, identity": Program(conv, {"curvature": Identity(), **DECAYED}, steps=20),
@@ -164,6 +165,7 @@ PROGRAMS: dict[str, Program] = {
     "sharded, no feedback": Program(Mixed, {"feedback": False, "momentum": 0.5}, steps=20, shard="children"),
     "sharded, k-fac": Program(conv, {"coupling": "sample", "feedback": False, "lr": 1e-3}, shard="children"),
     "sharded, stages": Program(Residual, {"stages": ["first", "inner", "last"]}, shard="children"),
+    "sharded, less damped": Program(narrowed, {"momentum": 0.5}, steps=4, shard="children"),
     "sharded, limited": Program(Mixed, {"momentum": 0.5, "max_change": 0.01}, steps=4, shard="children"),
     "sharded, unread": Program(Unread, {"momentum": 0.5}, shard="root"),
     "sharded, words": Program(Words, {"curvature": KRONECKER}, shard="root", reshard=True),

@@ -22,6 +22,9 @@ from ..inverse import Inverse
 State = dict[str, Any]
 """Tensors and numbers of one block, by name; replaced, never written into, so a failed step can drop it."""
 
+SQUARE = "square"
+"""Where a state may keep the mean squared length of a sample's gradient by the block's weights, as a float."""
+
 
 class Curvature(ABC):
     """Base of :class:`Identity`, :class:`Adaptive`, :class:`Kronecker` and :class:`EigenKronecker`.
@@ -46,6 +49,14 @@ class Curvature(ABC):
             outputs: ``T >= 1``, see :mod:`ddpnopt.units`; at 1 nothing changes.
         """
         return 1.0, self
+
+    def less_damped(self, share: float) -> "Curvature":
+        """The curvature with a share of its damping, for a layer that hardly moves the output.
+
+        Args:
+            share: in (0, 1], see :mod:`ddpnopt.sensitivity`; of a block whose state keeps no ``"square"`` 1.
+        """
+        return self
 
     @abstractmethod
     def advance(self, state: State, columns: Columns | None, gradient: Callable[[], Tensor], ridge: float) -> State:

@@ -1,7 +1,7 @@
 """M diagonal in the eigenbasis of S (x) A: EKFAC's curvature."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -9,8 +9,8 @@ from .. import linalg
 from ..columns import Columns
 from ..inverse import Inverse, Rotated
 from .adaptive import Adaptive
-from .base import Curvature, State, check_beta, check_damping, check_memory, check_refresh
-from .factor import averaged
+from .base import SQUARE, Curvature, State, check_beta, check_damping, check_memory, check_refresh
+from .factor import averaged, square
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,9 @@ class EigenKronecker(Curvature):
 
     The paper's Kronecker curvature, after George et al. 2018 (arXiv 1806.03884): ``E`` is the moving average of the
     squared per-sample gradients in the basis. With ``coupling="sample", feedback=False`` this is
-    :class:`ddpnopt.baselines.EKFAC`. Means over many outputs, which :class:`Kronecker` counts, it does not.
+    :class:`ddpnopt.baselines.EKFAC`. Means over many outputs, which :class:`Kronecker` counts, it does not. In the
+    batch form, where the terminal's cap is ``"auto"``, a layer that hardly moves the output gets a share of the damping
+    (:mod:`ddpnopt.sensitivity`).
 
     Args:
         damping: ``ridge = lr * (damping + gamma)`` for the batch form, ``gamma`` the stage cost and ``lr`` as
@@ -54,11 +56,14 @@ class EigenKronecker(Curvature):
     def ridge(self, lr: float, decay: float, *, batch: bool) -> float:
         return lr * (self.damping + decay) if batch else self.damping
 
+    def less_damped(self, share: float) -> Curvature:
+        return self if share == 1 else replace(self, damping=share * self.damping)
+
     def advance(self, state: State, columns: Columns | None, gradient: Callable[[], Tensor], ridge: float) -> State:
         assert columns is not None
         new = self._averaged(state, columns)
         if (new["step"] - 1) % self.refresh_every == 0:
-            new = self._refreshed(new)
+            new = {**self._refreshed(new), SQUARE: square(new)}
         squares = columns.squares(new.get("S_basis"), new.get("A_basis"))
         past = min(self.beta, 1 - 1 / new["step"])
         return {**new, "E": past * new["E"] + (1 - past) * squares if "E" in new else squares}

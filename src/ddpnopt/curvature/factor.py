@@ -55,6 +55,16 @@ def mean_eigenvalue(state: State, name: str) -> Tensor:
     return whole.sum() / len(whole) if whole.ndim == 1 else whole.diagonal().mean()
 
 
+def square(state: State) -> float:
+    """``trace S trace A``, the mean squared length of a sample's gradient as far as factors know it."""
+    traces = [mean_eigenvalue(state, name) * _side(state, name) for name in ("S", "A")]
+    return float(traces[0] * traces[1])
+
+
+def _side(state: State, name: str) -> int:
+    return len(state[f"{name}_basis"] if f"{name}_trace" in state else state[name])
+
+
 def split_ridge(mean_S: Tensor, mean_A: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """``l1, l2`` with ``l1 l2 = ridge`` for ``(S + l1) (x) (A + l2)``, in proportion to the mean eigenvalues."""
     pi = (mean_A / mean_S).sqrt()

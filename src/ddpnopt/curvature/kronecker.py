@@ -10,7 +10,7 @@ from ..columns import Columns
 from ..inverse import Inverse, Separable
 from . import factor
 from .adaptive import Adaptive
-from .base import Curvature, State, check_beta, check_count, check_damping, check_memory, check_refresh
+from .base import SQUARE, Curvature, State, check_beta, check_count, check_damping, check_memory, check_refresh
 
 STALE = 1.1
 """Inverses are computed again at once when the ridge has changed by more than this factor since."""
@@ -32,7 +32,9 @@ class Kronecker(Curvature):
     ``rank`` is kept as its leading directions, and the rest of its trace spread evenly over all others.
 
     In the batch form, where the terminal's cap is ``"auto"`` and a sample's loss is a mean over ``T`` outputs, tokens
-    or pixels, ``M`` counts ``T^(3/4)`` times and ``damping`` is divided by ``T^(1/2)`` (:mod:`ddpnopt.units`).
+    or pixels, ``M`` counts ``T^(3/4)`` times and ``damping`` is divided by ``T^(1/2)`` (:mod:`ddpnopt.units`). A layer
+    that hardly moves the output, as the first of a deep plain network, gets a share of the damping
+    (:mod:`ddpnopt.sensitivity`).
 
     Args:
         damping: ``delta`` in ``l1 l2 = lr * (delta + gamma)`` for the batch form, ``gamma`` the stage cost and ``lr``
@@ -81,6 +83,9 @@ class Kronecker(Curvature):
     def for_outputs(self, outputs: float) -> tuple[float, Curvature]:
         return outputs**GROWTH, replace(self, damping=self.damping / math.sqrt(outputs))
 
+    def less_damped(self, share: float) -> Curvature:
+        return self if share == 1 else replace(self, damping=share * self.damping)
+
     def advance(self, state: State, columns: Columns | None, gradient: Callable[[], Tensor], ridge: float) -> State:
         assert columns is not None
         past_steps = state.get("step", 0)
@@ -91,6 +96,7 @@ class Kronecker(Curvature):
             past = min(self.beta, 1 - 1 / averages)
             for name, moment in zip(("S", "A"), columns.moments(), strict=True):
                 new |= factor.averaged(state, name, moment, past, self.rank)
+            new[SQUARE] = factor.square(new)
         if past_steps >= state.get("refresh_at", 0):
             new["refresh_at"] = next_time(past_steps, self.refresh_every)
         elif _near(ridge, state["ridge"]):
