@@ -143,14 +143,28 @@ def test_many_plain_layers_leave_the_plateau() -> None:
 
 def test_it_resumes_bit_for_bit() -> None:
     model, x, y = narrowed(1e-4)
-    optimizer = DDPNOpt(model)
-    for _ in range(3):
-        step(optimizer, model, x, y)
+    optimizer = DDPNOpt(model, 1e-4, max_change=1e-4, weight_decay=0.0)
+    for part in (slice(8), slice(8, 16)):
+        step(optimizer, model, x[part], y[part])
     again = copy.deepcopy(model)
-    resumed = DDPNOpt(again)
+    resumed = DDPNOpt(again, 1e-4, max_change=1e-4, weight_decay=0.0)
     resumed.load_state_dict(optimizer.state_dict())
     for own, net in ((optimizer, model), (resumed, again)):
-        for _ in range(3):
-            step(own, net, x, y)
+        for _ in range(2):
+            step(own, net, x[16:], y[16:])
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_both_squares_are_moving_averages() -> None:
+    """The output's is always 0.95 old; a layer's is that of its factors, at first the mean over steps."""
+    model, x, y = narrowed(1e-3)
+    optimizer = DDPNOpt(model, 1e-9, weight_decay=0.0)
+
+    def found() -> tuple[float, float]:
+        return optimizer.state_dict()["square"], optimizer.state[blocks(optimizer)[0].parameters[0]]["square"]
+
+    step(optimizer, model, x, y)
+    output, layer = found()
+    step(optimizer, model, x, y, unit=0.1)
+    assert found() == pytest.approx(((0.95 + 0.05 * 0.01) * output, (1 + 0.01) / 2 * layer), rel=1e-6)
