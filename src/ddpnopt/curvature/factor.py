@@ -57,7 +57,7 @@ def mean_eigenvalue(state: State, name: str) -> Tensor:
 
 def square(state: State) -> float:
     """``trace S trace A``, the mean squared length of a sample's gradient as far as factors know it."""
-    traces = [mean_eigenvalue(state, name) * _side(state, name) for name in ("S", "A")]
+    traces = [mean_eigenvalue(state, name).double() * _side(state, name) for name in ("S", "A")]
     return float(traces[0] * traces[1])
 
 
