@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 import tyro
-from _markdown import command, duration, table
+from _markdown import command, duration, save_page, table
 from _training import RESULTS
 from step_time import BATCH, BLOCK, FORMS, NETWORKS, step_of
 from torch import nn
@@ -28,7 +28,6 @@ from torch import nn
 from ddpnopt import Kronecker, bellman, linearise, steps, trajectory, transaction, value
 from ddpnopt.curvature.factor import FULL
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 
 WIDTHS = (784, 1024, 1024, 1024, 10)
 
@@ -186,10 +185,7 @@ work.
 Command: `{command("cost_parts.py", arguments, ("blocks",))}` ({duration(time.perf_counter() - began)}), \
 ddpnopt {version("ddpnopt")}, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}).
 """
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "cost_parts.md"
-    write_atomic(path, page.encode())
-    print(path)
+    save_page(arguments.out, "cost_parts", page)
     return 0
 
 

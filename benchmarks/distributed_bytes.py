@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 import tyro
-from _markdown import command, duration, table
+from _markdown import command, duration, save_page, table
 from _training import RESULTS
 from torch import Tensor, distributed, nn
 
 from ddpnopt import Batch, DDPNOpt
 from ddpnopt.experiments.data import load
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 from ddpnopt.experiments.paper.networks import cnn, fcn
 from ddpnopt.ranks import Ranks
 
@@ -237,10 +236,7 @@ training samples at the end.
 Command: `{command("distributed_bytes.py", given, ("ranks", "steps", "training"))}`, in a network namespace of its own
 ({duration(time.perf_counter() - began)}), ddpnopt {version("ddpnopt")}, torch {torch.__version__}.
 """
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / "distributed_bytes.md"
-    write_atomic(path, page.encode())
-    print(path)
+    save_page(given.out, "distributed_bytes", page)
     return 0
 
 

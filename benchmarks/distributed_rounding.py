@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import tyro
-from _markdown import command, duration, table
+from _markdown import command, duration, save_page, table
 from _training import RESULTS
 from distributed_bytes import BATCH, on_ranks
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from ddpnopt import Batch, DDPNOpt
 from ddpnopt.experiments.data import load
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 from ddpnopt.experiments.paper.networks import cnn, seeded
 
 Samples = tuple[Tensor, Tensor]
@@ -188,10 +187,7 @@ activations, gradients, products and weights, and where it renews the curvature'
 Command: `{command("distributed_rounding.py", given, ("networks", "ranks", "lrs", "after", "batches"))}`
 ({duration(time.perf_counter() - began)}), ddpnopt {version("ddpnopt")}, torch {torch.__version__}.
 """
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / "distributed_rounding.md"
-    write_atomic(path, page.encode())
-    print(path)
+    save_page(given.out, "distributed_rounding", page)
     return 0
 
 

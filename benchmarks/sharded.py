@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import tyro
-from _markdown import command, duration, table
+from _markdown import command, duration, save_page, table
 from _training import RESULTS
 from distributed_bytes import BATCH, CYCLE, NETWORKS, _loopback, on_ranks
 from torch import Tensor, distributed, nn
@@ -24,7 +24,6 @@ from torch.distributed.fsdp import fully_shard
 
 from ddpnopt import DDPNOpt
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 
 
 def _sharded(model: nn.Module) -> nn.Module:
@@ -135,10 +134,7 @@ whole state), and what the kernel counted on the loopback per step, mean over {g
 Command: `{command("sharded.py", given, ("ranks", "steps"))}`, in a network namespace of its own
 ({duration(time.perf_counter() - began)}), ddpnopt {version("ddpnopt")}, torch {torch.__version__}.
 """
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / "sharded.md"
-    write_atomic(path, page.encode())
-    print(path)
+    save_page(given.out, "sharded", page)
     return 0
 
 

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 import tyro
-from _markdown import command, duration, plural, table
+from _markdown import command, duration, plural, save_page, table
 from _training import RESULTS
 from step_time import BLOCK, FORMS, Network, Step, measure, step_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 
 OPTIMIZERS = ("Adam", "Adam, fused", "Kronecker", "Identity")
 
@@ -107,10 +106,7 @@ one process, one thread, float32. The machine was shared with other work. [cost.
 Command: `{command("step_overhead.py", arguments, ("turns",))}` ({duration(time.perf_counter() - began)}), \
 ddpnopt {version("ddpnopt")}, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}).
 """
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "step_overhead.md"
-    write_atomic(path, page.encode())
-    print(path)
+    save_page(arguments.out, "step_overhead", page)
     return 0
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 import tyro
-from _markdown import command, duration, plural, table
+from _markdown import command, duration, plural, save_page, table
 from _progress import Bar
 from _training import RESULTS
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from ddpnopt import Adaptive, DDPNOpt, EigenKronecker, Identity, Kronecker
 from ddpnopt.baselines import EKFAC, EMSA
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 
 BATCH = 128
 MEMORY_BATCH = 256
@@ -337,10 +336,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; nothing written", file=sys.stderr)
         return 130
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "step_time.md"
-    write_atomic(path, page(sections, arguments, time.perf_counter() - began).encode())
-    print(path)
+    save_page(arguments.out, "step_time", page(sections, arguments, time.perf_counter() - began))
     return 0
 
 

@@ -25,12 +25,11 @@ from typing import Any
 import sqlalchemy as sql
 import tyro
 from _machines import Machines
-from _markdown import command, duration, table
+from _markdown import command, duration, save_page, table
 from _postgresql import server
 from _training import RESULTS
 
 from ddpnopt.experiments.environment import version
-from ddpnopt.experiments.files import write_atomic
 from ddpnopt.experiments.study.store import LEASE, Store
 
 INTO = 0.4
@@ -232,10 +231,7 @@ A run is handed out again {LEASE:.0f} s after its worker's last sign of life, wh
 Command: `{command("two_machines.py", given, ("experiment", "runs"))}`
 ({duration(time.perf_counter() - began)}), ddpnopt {version("ddpnopt")}.
 """
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / "two_machines.md"
-    write_atomic(path, page.encode())
-    print(path)
+    save_page(given.out, "two_machines", page)
     return 0 if right else 1
 
 
