@@ -1,10 +1,10 @@
-"""Plain networks of many layers, at torch's initial weights: whether they leave the plateau that they begin on.
+"""Plain networks that begin on a plateau, deep ones or of small weights: whether they leave it.
 
     python benchmarks/depth.py
 
-DIGITS, layers of equal width without shortcuts or normalisation. DDPNOpt at its defaults, without control limits, and
-with the same damping for all layers, at several learning rates, beside AdamW at the best of four. Writes
-docs/results/depth.md.
+DIGITS, layers of equal width without shortcuts or normalisation, dense or convolutions. DDPNOpt at its defaults,
+without control limits, and with the same damping for all layers, at several learning rates, beside AdamW at the best of
+four. Writes docs/results/depth.md.
 """
 
 import math
@@ -26,16 +26,16 @@ from torch import nn
 
 from ddpnopt.experiments.environment import version
 
-WIDTH = 32
+WIDTH, CONVOLUTIONS, CHANNELS, SMALL = 32, 10, 8, 0.02
 UNITS: dict[str, type[nn.Module]] = {"ReLU": nn.ReLU, "tanh": nn.Tanh}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Plain networks of many layers, at torch's initial weights: whether they leave the plateau that they begin on."""
+    """Plain networks that begin on a plateau, deep ones or of small weights: whether they leave it."""
 
     layers: tuple[int, ...] = (2, 6, 12, 20)
-    """Hidden ones."""
+    """Hidden ones, of dense networks at torch's initial weights."""
 
     lrs: tuple[float, ...] = (0.1, 10.0)
     """Learning rates of DDPNOpt."""
@@ -50,17 +50,38 @@ class Arguments:
     """Folder of the page."""
 
 
-def digits(layers: int, unit: str) -> Task:
-    """A chain of so many hidden layers; what is worth nothing is the entropy of ten equal classes, nearly DIGITS'."""
+def digits(words: str, network: Callable[[], nn.Module]) -> Task:
+    """What is worth nothing is the entropy of ten equal classes, nearly DIGITS'."""
     samples = load_digits()
     x, y = torch.tensor(samples.data / 16, dtype=torch.float32), torch.tensor(samples.target)
+    return Task(words, x - x.mean(0), y, network, nn.CrossEntropyLoss(), math.log(10))
 
-    def network() -> nn.Module:
-        hidden = [m for _ in range(layers - 1) for m in (nn.Linear(WIDTH, WIDTH), UNITS[unit]())]
-        return nn.Sequential(nn.Linear(64, WIDTH), UNITS[unit](), *hidden, nn.Linear(WIDTH, 10))
 
-    nothing = math.log(10)
-    return Task(f"{unit}, {layers}", x - x.mean(0), y, network, nn.CrossEntropyLoss(), nothing)
+def dense(layers: int, unit: type[nn.Module]) -> nn.Module:
+    """A chain of so many hidden layers."""
+    hidden = [m for _ in range(layers - 1) for m in (nn.Linear(WIDTH, WIDTH), unit())]
+    return nn.Sequential(nn.Linear(64, WIDTH), unit(), *hidden, nn.Linear(WIDTH, 10))
+
+
+def convolutions() -> nn.Module:
+    """Of as many channels each, on pictures of full size."""
+    hidden = [m for i in range(CONVOLUTIONS) for m in (nn.Conv2d(CHANNELS if i else 1, CHANNELS, 3, 1, 1), nn.ReLU())]
+    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *hidden, nn.Flatten(), nn.Linear(64 * CHANNELS, 10))
+
+
+def small() -> nn.Module:
+    """Four layers that begin as language models' do."""
+    network = dense(4, nn.GELU)
+    for parameter in network.parameters():
+        _ = nn.init.normal_(parameter, 0, SMALL) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+    return network
+
+
+def tasks(layers: Sequence[int]) -> list[Task]:
+    """All networks."""
+    deep = [digits(f"{name}, {n}", partial(dense, n, unit)) for name, unit in UNITS.items() for n in layers]
+    words = f"{CONVOLUTIONS} convolutions, ReLU"
+    return [*deep, digits(words, convolutions), digits(f"GELU, 4, weights of {SMALL:g}", small)]
 
 
 def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[str]:
@@ -76,12 +97,12 @@ def row(task: Task, arguments: Arguments, advance: Callable[[], None]) -> list[s
 def page(arguments: Arguments) -> str:
     """Measure, and lay the figures out."""
     began = time.perf_counter()
-    tasks = [digits(layers, unit) for unit in UNITS for layers in arguments.layers]
-    with Bar("depth", len(tasks) * (3 * len(arguments.lrs) + len(ADAM))) as bar:
-        rows = [row(task, arguments, bar.advance) for task in tasks]
+    found = tasks(arguments.layers)
+    with Bar("depth", len(found) * (3 * len(arguments.lrs) + len(ADAM))) as bar:
+        rows = [row(task, arguments, bar.advance) for task in found]
     rates = [f"lr {lr:g}" for lr in arguments.lrs]
     header = [
-        "units, hidden layers",
+        "hidden layers",
         *rates,
         *(f"{rate}, {way}" for way in ("no limit", "even damping") for rate in rates),
         "AdamW",
@@ -89,8 +110,9 @@ def page(arguments: Arguments) -> str:
     software = f"ddpnopt {version('ddpnopt')}, torch {torch.__version__}"
     return f"""# Depth without shortcuts
 
-Layers of {WIDTH} units, without shortcuts or normalisation, at torch's initial weights, which make signals and
-gradients smaller from layer to layer. `no limit`: `max_change=inf`
+Networks without shortcuts or normalisation, whose initial weights make signals and gradients smaller from layer to
+layer: dense ones with layers of {WIDTH} units, {CONVOLUTIONS} convolutions of {CHANNELS} channels, at torch's initial
+weights, and four dense layers with weights of standard deviation {SMALL:g} instead. `no limit`: `max_change=inf`
 ([derivations](../derivations.md#control-limits)); `even damping`: `Gradient(cap=1)`, with which all layers get the same
 damping, however little they move the output ([derivations](../derivations.md#damping-and-sensitivity)).
 
