@@ -52,9 +52,9 @@ def squares(model: nn.Sequential, x: Tensor, y: Tensor) -> tuple[list[float], fl
     return (mean[:sides] * mean[sides:]).tolist(), sum(output) / len(output)
 
 
-def test_the_share_grows_with_the_root_and_unknown_ones_get_all() -> None:
+def test_the_share_grows_with_the_sensitivity_and_unknown_ones_get_all() -> None:
     assert damped(LEAST, 1.0) == damped(5.0, 1.0) == 1.0
-    assert damped(LEAST / 100, 1.0) == damped(LEAST, 100.0) == pytest.approx(0.1)
+    assert damped(LEAST / 1e4, 1.0) == damped(LEAST, 1e4) == pytest.approx(1e-3)
     assert damped(None, 1.0) == damped(1.0, None) == damped(0.0, 1.0) == damped(1.0, 0.0) == 1.0
 
 
@@ -90,7 +90,7 @@ def test_a_step_with_a_share_is_the_dense_reference(curvature: Curvature, scale:
     output = unit**2 * squares(model, x, y)[1]  # the mean of two equal steps
     step(optimizer, model, x, y, unit)
 
-    shares = [min(1.0, math.sqrt(square / output / 1e-3)) for square in kept]
+    shares = [min(1.0, (1000 * square / output) ** 0.75) for square in kept]
     assert shares[0] < 0.5
     assert shares[2] == 1.0
     own = 1 / max(10 + 2, 320 / SAMPLES)

@@ -5,18 +5,21 @@ they do through many plain layers at torch's initial weights, ``M`` is 1e-10 and
 such a layer stays where it began. With ``g_u`` a sample's gradient by the layer's weights and ``g`` that at the model's
 output,
 
-    s = E |g_u|^2 / E |g|^2,        damping * min(1, sqrt(s / 0.001))
+    s = E |g_u|^2 / E |g|^2,        damping * min(1, (s / 0.001)^(3/4))
 
 ``s`` is the squared length of the output's derivative by the weights, weighed by what is wrong at the output, and knows
 neither the unit of the loss nor how well it is fitted by now. Where ``M`` is nothing, a step is the gradient over the
-damping and so no longer than ``0.3 |g|``, the same for every such layer, and no less. Every layer of the suite's tasks
-has a larger ``s`` than that, the least of them 0.0013 in the deep autoencoder, and so all of the damping.
+damping: with the root of ``s`` all such layers would make steps of one length, with ``s`` itself the length would grow
+as gradients fall. Between the two, with a control limit (:mod:`ddpnopt.limits`), most plateaus are left. Every layer of
+the suite's tasks has a larger ``s`` than that, the least of them 0.0013 in the deep autoencoder, and so all of the
+damping.
 """
-
-import math
 
 LEAST = 1e-3
 """Sensitivity from which on a layer gets all of the damping: below that of any layer in the suite's tasks."""
+
+POWER = 0.75
+"""Of the sensitivity, by which damping falls."""
 
 
 def damped(square: float | None, output: float | None) -> float:
@@ -28,4 +31,5 @@ def damped(square: float | None, output: float | None) -> float:
     """
     if not square or not output:
         return 1.0
-    return min(1.0, math.sqrt(square / output / LEAST))
+    share: float = (square / output / LEAST) ** POWER
+    return min(1.0, share)
