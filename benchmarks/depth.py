@@ -114,7 +114,8 @@ Networks without shortcuts or normalisation, whose initial weights make signals 
 layer: dense ones with layers of {WIDTH} units, {CONVOLUTIONS} convolutions of {CHANNELS} channels, at torch's initial
 weights, and four dense layers with weights of standard deviation {SMALL:g} instead. `no limit`: `max_change=inf`
 ([derivations](../derivations.md#control-limits)); `even damping`: `Gradient(cap=1)`, with which all layers get the same
-damping, however little they move the output ([derivations](../derivations.md#damping-and-sensitivity)).
+damping, however little they move the output ([derivations](../derivations.md#damping-and-sensitivity)). How a layer's
+damping falls was chosen on some of these networks, with these seeds.
 
 DIGITS: percent of the loss of equal odds that is gone on {HELD_OUT} held-out samples after {arguments.steps} steps with
 batches of {BATCH}, learning rate falling linearly to 0, mean over {plural(arguments.seeds, "seed")}; higher is better;
