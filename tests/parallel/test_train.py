@@ -141,7 +141,8 @@ print("gone" if group() is None else "left", flush=True)
 
 def test_nothing_of_the_group_is_left_when_the_team_parts(tmp_path: Path) -> None:
     (tmp_path / "parts.py").write_text(PARTS)
-    assert torchrun(["parts.py"], tmp_path).stdout.split() == ["gone", "gone"]
+    printed = torchrun(["parts.py"], tmp_path).stdout  # two processes' lines may run into one another
+    assert (printed.count("gone"), printed.count("left")) == (2, 0)
 
 
 def torchrun(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
