@@ -9,7 +9,8 @@ that mean is far too small, and layers would change several times over.
 
 in Frobenius norms, ``u`` a layer's weights ``[out, fan_in]``, its bias among them. ``sqrt(out / 3)`` is the length of
 weights as torch draws them, uniform in ``+-1 / sqrt(fan_in)``, so that weights that begin at zero can leave it. The
-layers behind one that is held meet its true output in the second forward pass, and answer to that.
+layers behind one that is held meet its true output in the second forward pass, and answer to that. Adaptive gradient
+clipping (Brock et al. 2021, arXiv 2102.06171) bounds gradients by the weights' length alike; this bounds the update.
 """
 
 import math
@@ -31,16 +32,17 @@ def held(direction: Tensor, control: Sequence[Tensor], lr: float, limit: float) 
     if limit == math.inf or not lr:
         return direction
     change = lr * torch.linalg.vector_norm(direction)
-    drawn, near = math.sqrt(len(control[0]) / 3), change.device.type == "cpu"
-    if near and change <= limit * drawn:  # of nearly all steps: the control's own length need not be known
+    drawn = math.sqrt(len(control[0]) / 3)
+    on_host = change.device.type == "cpu"  # elsewhere a comparison would wait for the device
+    if on_host and change <= limit * drawn:  # nearly always: the control's own length need not be known
         return direction
     ratio = limit * _length(control).clamp(min=drawn).to(change.dtype) / change
-    if near and ratio >= 1:
+    if on_host and ratio >= 1:
         return direction
     return direction.mul_(ratio.clamp(max=1))
 
 
 def _length(control: Sequence[Tensor]) -> Tensor:
     dtype = torch.promote_types(control[0].dtype, torch.float32)
-    length: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=dtype) for p in control]))
-    return length
+    parts = [torch.linalg.vector_norm(part, dtype=dtype) for part in control]
+    return torch.linalg.vector_norm(torch.stack(parts))  # type: ignore[no-any-return]

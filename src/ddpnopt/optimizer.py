@@ -83,9 +83,9 @@ class DDPNOpt(torch.optim.Optimizer):
             and the policy moves these. In the batch form, whose steps are bounded as ``lr`` grows, a group whose
             largest ``lr`` is above 0.1 counts it as 0.1 here. ``False``: the stage cost. Default: ``True`` in the batch
             form, ``False`` in the others.
-        max_change: in the batch form, largest change of a layer's weights in one step, relative to their length or to
-            that of freshly drawn ones (:mod:`ddpnopt.limits`); the layers behind one that is held answer to it. A group
-            may have its own; ``math.inf`` is no limit. Default: 0.3 in the batch form, none in the others.
+        max_change: in the batch form, largest change of a layer's weights in one step, relative to their Frobenius norm
+            or to that of freshly drawn ones (:mod:`ddpnopt.limits`); the layers behind one that is held answer to it. A
+            group may have its own; ``math.inf`` is no limit. Default: 0.3 in the batch form, none in the others.
         stages: modules, or their names, whose input is to be taken for the whole state (residual blocks, say): the
             layers inside one move together. Default: every layer is a stage, and its state, all that lives at its
             cut, is found in autograd's graph.
@@ -143,8 +143,8 @@ class DDPNOpt(torch.optim.Optimizer):
         self.coupling, self.feedback, self.stages, self.on_nonfinite = coupling, feedback, stages, on_nonfinite
         check_options(self.curvature, self.terminal, coupling, feedback, on_nonfinite)
         check_stages(coupling, stages)
-        given = {"momentum": momentum, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay}
-        given |= {"max_change": max_change}
+        decay = {"weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay}
+        given = {"momentum": momentum, **decay, "max_change": max_change}
         said = {name: value for name, value in given.items() if value is not None}
         defaults = {"lr": lr, **default_numbers(coupling), **said, PEAK_LR: 0.0}
         check_numbers(defaults)

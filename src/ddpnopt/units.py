@@ -49,7 +49,7 @@ CHANGE = 1.05
 """Largest ratio of two successive caps, and of two successive numbers of outputs."""
 
 PAST = 0.95
-"""Weight of the past in the mean of squared gradients, that of a curvature's."""
+"""Weight of the past in the mean of squared gradients, as by default in a curvature's moving averages."""
 
 MOST = 128.0
 """Outputs that are counted at most: what more would do has not been tried, and neighbours are often wrong together."""
@@ -187,10 +187,10 @@ def found_units(sums: Sequence[float], samples: int, last: Units | None) -> Unit
     cap = 1 + (math.exp(logs / samples) - 1) * (STEP + SHARE * size) if samples else 1.0
     cap = cap if last is None else _near(cap, last.cap)
     before = None if last is None else last.outputs
-    past = None if last is None else last.square
-    square = squares / samples if samples else past
-    if past is not None and square is not None:
-        square = PAST * past + (1 - PAST) * square
+    square = None if last is None else last.square
+    if samples:
+        own = squares / samples
+        square = own if square is None else PAST * square + (1 - PAST) * own
     if squares == 0:
         return Units(cap, before, square)
     outputs = min(max(1.0, spread / squares / cap), MOST)
